@@ -1,0 +1,1 @@
+"""The mechanisms: one folder each, found by `base.discover`, listed nowhere else."""

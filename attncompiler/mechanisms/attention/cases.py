@@ -1,0 +1,81 @@
+"""Hypothesis strategies for attention's calls, and its benchmark shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions
+from attncompiler.mechanisms.attention.pattern import Causal, Full, SlidingWindow
+from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+
+PATTERNS = st.one_of(
+    st.just(Causal()),
+    st.just(Full()),
+    st.builds(
+        SlidingWindow,
+        window=st.integers(1, 40),
+        global_tokens=st.integers(0, 5),
+        causal=st.booleans(),
+    ),
+)
+
+
+@st.composite
+def plain(draw: st.DrawFn, min_length: int = 1) -> Case:
+    """T = S, no segments, no padding."""
+    return _make(draw, draw(st.integers(min_length, 70)), None)
+
+
+@st.composite
+def extras(draw: st.DrawFn) -> Case:
+    """Lengths that differ, packed segments, padding on either side, explicit positions."""
+    T = draw(st.integers(1, 40))
+    S = draw(st.sampled_from([T, T + draw(st.integers(0, 30)), max(1, T - 3)]))
+    case = _make(draw, T, S)
+    B = case.tensors["q"].shape[0]
+    added: dict[str, Any] = {}
+    if draw(st.booleans()):
+        cuts = torch.tensor([draw(st.integers(0, S)) for _ in range(2)])
+        segments = (torch.arange(S)[:, None] >= cuts).sum(1).expand(B, S).contiguous()
+        if T <= S:
+            added |= {"segment_ids": segments[:, S - T :].contiguous(), "kv_segment_ids": segments}
+    if draw(st.booleans()):
+        rows = [draw(st.tuples(st.integers(0, S), st.integers(0, S // 2))) for _ in range(B)]
+        index = torch.arange(S)
+        left = draw(st.booleans())
+        added["attention_mask"] = torch.stack([(index >= a) if left else (index < S - a) for a, _ in rows])
+    if draw(st.integers(0, 3)) == 0:
+        order = torch.randperm(S, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+        added |= {"kv_positions": order.expand(B, S).contiguous(), "q_positions": torch.arange(S, S + T).expand(B, T).contiguous()}
+    return case.given(**added)
+
+
+def _make(draw: st.DrawFn, T: int, S: int | None) -> Case:
+    S = T if S is None else S
+    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 2)]))
+    D = draw(st.sampled_from([8, 16, 20]))
+    V = draw(st.sampled_from([D, D, 12]))
+    B = draw(st.integers(1, 2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    kind = draw(st.sampled_from(VALUE_KINDS))
+    tensors = {
+        "q": values(kind, (B, T, kv_heads * group, D), generator),
+        "k": values(draw(st.sampled_from(VALUE_KINDS)), (B, S, kv_heads, D), generator),
+        "v": values(kind, (B, S, kv_heads, V), generator),
+    }
+    scale = draw(st.sampled_from([None, 0.2]))
+    pattern = draw(PATTERNS)
+    return Case(OPERATOR, tensors, AttentionOptions(pattern=pattern, scale=scale), causal=pattern.causal)
+
+
+CASES = Cases(
+    draw=plain,
+    extras=extras,
+    bench=(
+        {"B": 1, "T": 4096, "H": 8, "K": 8, "D": 64, "pattern": {"kind": "sliding_window", "window": 256}},
+        {"B": 4, "T": 512, "H": 8, "K": 8, "D": 32, "pattern": {"kind": "causal"}},
+    ),
+)

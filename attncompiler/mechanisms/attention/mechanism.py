@@ -1,0 +1,118 @@
+"""Attention's spec fields and kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from attncompiler.mechanisms.attention.pattern import Causal, Pattern
+from attncompiler.mechanisms.base import ANY, AtMost, Kernel, Mechanism, Needs, OneOf, Policy, RopeParameters, Value
+
+
+class AttentionPolicy(Policy):
+    """A softmax attention mixer; field names are HF's where HF has one."""
+
+    kind: Literal["attention"]
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
+    v_head_dim: int | None = Field(default=None, ge=1)
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    rope_parameters: RopeParameters | None = None
+    pattern: Pattern = Causal()
+    qk_norm: Literal["none", "rms", "l2"] = "none"
+    query_pre_attn_scalar: float | None = Field(default=None, gt=0)
+    attn_logit_softcapping: float | None = Field(default=None, gt=0)
+    alibi: bool = False
+    sinks: bool = False
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    def key_width(self, hidden_size: int) -> int:
+        """D: the width of a query or key head."""
+        return self.head_dim or hidden_size // self.num_attention_heads
+
+    def value_width(self, hidden_size: int) -> int:
+        """V: the width of a value head."""
+        return self.v_head_dim or self.key_width(hidden_size)
+
+
+def features(policy: AttentionPolicy) -> Mapping[str, Value]:
+    """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
+    return {
+        "pattern": policy.pattern.kind,
+        "softcap": policy.attn_logit_softcapping,
+        "alibi": policy.alibi,
+        "sinks": policy.sinks,
+        "dropout": policy.attention_dropout,
+        "value_width": policy.v_head_dim if policy.v_head_dim != policy.head_dim else None,
+    }
+
+
+def unbuilt(policy: AttentionPolicy) -> tuple[str, ...]:
+    """Options of the grammar that the layer does not build in this version, each a sentence."""
+    rope = policy.rope_parameters
+    if rope is not None and rope.rope_type != "default":
+        return (f"rope_type {rope.rope_type!r} is not built yet; only 'default' is",)
+    return ()
+
+
+GPU = ("flash_attention_4", "cudnn", "triton", "flex_attention", "sdpa", "chunkwise", "eager", "host")
+CPU = ("sdpa", "chunkwise", "eager")
+
+
+def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
+    """Best first. On a CPU a window is served in bands of keys, which beats a dense mask over all of them."""
+    if device_type != "cpu":
+        return GPU
+    if features.get("pattern") == "sliding_window":
+        return ("chunkwise", "sdpa", "eager")
+    return CPU
+
+
+BUILT_PATTERNS = OneOf("full", "causal", "sliding_window")
+MASKS = {"segments": ANY, "padding": ANY, "positions": ANY}
+
+KERNELS = (
+    Kernel(
+        name="sdpa",
+        entry="attncompiler.mechanisms.attention.kernels.sdpa:KERNEL",
+        needs=Needs(
+            features={"pattern": BUILT_PATTERNS, "deterministic": ANY, "mask_bytes": AtMost(2**26, "bytes"), **MASKS},
+            device_types=("cpu",),
+        ),
+        summary="torch's fused scaled dot product attention, with a dense mask where the pattern needs one",
+    ),
+    Kernel(
+        name="chunkwise",
+        entry="attncompiler.mechanisms.attention.kernels.chunkwise:KERNEL",
+        needs=Needs(features={"pattern": BUILT_PATTERNS, "deterministic": ANY, "value_width": ANY, "mask_bytes": ANY, **MASKS}),
+        summary="plain torch over blocks of queries and the keys they can see: memory linear in the length",
+    ),
+    Kernel(
+        name="eager",
+        entry="attncompiler.mechanisms.attention.reference:EAGER",
+        needs=Needs(features={"pattern": BUILT_PATTERNS, "deterministic": ANY, "value_width": ANY, "mask_bytes": ANY, **MASKS}),
+        summary="the reference itself: every option, memory quadratic in the length",
+    ),
+)
+
+MECHANISM = Mechanism(
+    name="attention",
+    policy=AttentionPolicy,
+    kernels=KERNELS,
+    names=(*GPU, "ring"),
+    order=order,
+    features=features,
+    unbuilt=unbuilt,
+    cost="attncompiler.mechanisms.attention.cost:cost",
+    layer="attncompiler.mechanisms.attention.layer:Attention",
+    operator="attncompiler.mechanisms.attention.op:OPERATOR",
+    reference="attncompiler.mechanisms.attention.reference:attention",
+    cases="attncompiler.mechanisms.attention.cases:CASES",
+)

@@ -1,0 +1,217 @@
+"""Attention's operator, and the function that users call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from attncompiler.errors import InputError, fail
+from attncompiler.mechanisms.attention.cost import operator_flops
+from attncompiler.mechanisms.attention.pattern import Causal, Pattern
+from attncompiler.mechanisms.base import Value
+from attncompiler.runtime.implementation import Tensors
+from attncompiler.runtime.inputs import autocast, boolean_mask, check_device, check_shapes, kernel_names, no_site
+from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
+
+INPUTS = (
+    "q",
+    "k",
+    "v",
+    "sinks",
+    "alibi_slopes",
+    "segment_ids",
+    "kv_segment_ids",
+    "attention_mask",
+    "q_positions",
+    "kv_positions",
+    "dropout_seed",
+)
+
+
+class AttentionOptions(OperatorOptions):
+    """What a call of the operator asks, beside its tensors."""
+
+    pattern: Pattern = Causal()
+    scale: float | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    layer: int = 0
+
+    def softmax_scale(self, head_dim: int) -> float:
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+
+def _fake(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
+    q, v = inputs["q"], inputs["v"]
+    B, T, H, _ = q.shape
+    return {
+        "out": q.new_empty(B, T, H, v.shape[-1]),
+        "lse": q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32)),
+    }
+
+
+def _features(inputs: Tensors, options: AttentionOptions) -> Mapping[str, Value]:
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    masks = {
+        "segments": "segment_ids" in inputs,
+        "padding": "attention_mask" in inputs,
+        "positions": "q_positions" in inputs,
+    }
+    B, T, S = q.shape[0], q.shape[1], k.shape[1]
+    dense = any(masks.values()) or options.pattern.kind not in ("full", "causal")
+    dense = dense or (options.pattern.kind == "causal" and T not in (1, S))
+    batch = B if any(masks.values()) else 1
+    return {
+        "pattern": options.pattern.kind,
+        "softcap": options.softcap,
+        "dropout": options.dropout,
+        "sinks": "sinks" in inputs,
+        "alibi": "alibi_slopes" in inputs,
+        "value_width": v.shape[-1] if v.shape[-1] != q.shape[-1] else None,
+        "mask_bytes": batch * T * S * q.element_size() if dense else 0,
+        **masks,
+    }
+
+
+OPERATOR = define(
+    Operator(
+        name="attention",
+        inputs=INPUTS,
+        differentiable=("q", "k", "v", "sinks"),
+        outputs=("out", "lse"),
+        differentiable_outputs=("out",),
+        sequence={
+            **dict.fromkeys(("q", "k", "v", "segment_ids", "kv_segment_ids", "attention_mask"), 1),
+            **dict.fromkeys(("q_positions", "kv_positions", "out"), 1),
+            "lse": 2,
+        },
+        low_precision=("q", "k", "v"),
+        options=AttentionOptions,
+        fake=_fake,
+        features=_features,
+        flops=operator_flops,
+    )
+)
+
+_pattern = TypeAdapter(Pattern)
+
+
+def as_pattern(pattern: str | Mapping[str, Any] | Pattern) -> Pattern:
+    """A pattern from its kind, from a mapping as in YAML, or as it is. Raises InputError (E403) when it is none."""
+    try:
+        return _pattern.validate_python({"kind": pattern} if isinstance(pattern, str) else pattern)
+    except ValueError as error:
+        raise fail(InputError, "E403", f"pattern {pattern!r} is not valid: {error}") from None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: str | Mapping[str, Any] | Pattern = "causal",
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    kv_segment_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    q_positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    layer: int = 0,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    kernel: str | Sequence[str] = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention under a visibility pattern (Vaswani et al. 2017, equation 1).
+
+    q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) of one dtype → out (B, T, H, V); with `return_lse` also the natural
+    logarithm of the softmax's denominator, (B, H, T) in fp32 (fp64 for fp64), −∞ on rows that see nothing.
+
+    `pattern` is a kind, a mapping as in YAML, or a pattern. `scale` defaults to D^-1/2. For T ≠ S the last query is
+    aligned with the last key. `segment_ids` (B, T), equal ids being one contiguous run, keep packed documents apart;
+    `kv_segment_ids` (B, S) are needed with them when T ≠ S. `attention_mask` (B, S) is non-zero for real tokens;
+    query t reads mask[S − T + t]; rows of padding give 0. `q_positions` (B, T) and `kv_positions` (B, S) replace the
+    positions the pattern is read at. `kernel` is "auto", a name, or the list of the only kernels allowed.
+
+    Raises InputError (E401 shapes, E402 dtypes, E403 arguments, E404 devices) and KernelError (E501) when no allowed
+    kernel offers what is asked.
+    """
+    tensors = check(
+        q, k, v, segment_ids, kv_segment_ids, attention_mask, q_positions, kv_positions, sinks, alibi_slopes, dropout_seed
+    )
+    options = AttentionOptions(
+        kernel=kernel_names("attention", kernel),
+        deterministic=deterministic,
+        pattern=as_pattern(pattern),
+        scale=scale,
+        softcap=softcap,
+        dropout=dropout,
+        layer=layer,
+    )
+    results = OPERATOR(tensors, options_text(options), no_site())
+    return (results["out"], results["lse"]) if return_lse else results["out"]
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_ids: Tensor | None = None,
+    kv_segment_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    q_positions: Tensor | None = None,
+    kv_positions: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+) -> dict[str, Tensor | None]:
+    """The operator's inputs by name, after one check of shapes, dtypes and devices at the door."""
+    q, k, v = autocast(q, k, v)
+    tensors = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+        "segment_ids": segment_ids,
+        "kv_segment_ids": kv_segment_ids,
+        "attention_mask": boolean_mask(attention_mask),
+        "q_positions": q_positions,
+        "kv_positions": kv_positions,
+        "dropout_seed": dropout_seed,
+    }
+    sizes = check_shapes(
+        tensors,
+        {
+            "q": "BTHD",
+            "k": "BSKD",
+            "v": "BSKV",
+            "sinks": "H",
+            "alibi_slopes": "H",
+            "segment_ids": "BT",
+            "kv_segment_ids": "BS",
+            "attention_mask": "BS",
+            "q_positions": "BT",
+            "kv_positions": "BS",
+        },
+    )
+    check_device(tensors)
+    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
+        raise fail(InputError, "E402", f"q, k and v must be of one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if sizes["H"] % sizes["K"]:
+        raise fail(InputError, "E401", f"{sizes['H']} query heads are not a multiple of {sizes['K']} key heads")
+    if (q_positions is None) != (kv_positions is None):
+        raise fail(InputError, "E403", "q_positions and kv_positions must be given together")
+    if kv_segment_ids is not None and segment_ids is None:
+        raise fail(InputError, "E403", "kv_segment_ids needs segment_ids")
+    if segment_ids is not None and kv_segment_ids is None and sizes["T"] != sizes["S"]:
+        raise fail(InputError, "E403", "segment_ids with T ≠ S needs kv_segment_ids")
+    return tensors

@@ -1,0 +1,253 @@
+"""What a mechanism, a kernel and a refusal are. Data only: nothing here imports torch.
+
+A kernel states its needs as data and an entry as text; `refusals` compares the needs with what a layer or a call
+asks for (`Request`), with a target's facts, and with the environment. A feature that a kernel does not name is
+refused, so an option added to the grammar can never reach a kernel that has not been taught it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from attncompiler.targets.detect import Environment
+from attncompiler.targets.target import Target
+
+Value = bool | int | float | str | None
+
+
+class StrictModel(BaseModel):
+    """Base of everything a spec may hold: frozen, no unknown keys, no coercion."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a kernel cannot serve: a sentence, and which kind of fact it follows from."""
+
+    source: Literal["target", "environment", "option"]
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a layer (at plan time) or a call (at run time) asks of a kernel.
+
+    `features` maps the mechanism's feature names to values; a falsy value (False, None, 0, "none") asks for nothing.
+    `dtype` is a name such as "float32", or None where it is not yet known.
+    """
+
+    mechanism: str
+    features: Mapping[str, Value]
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Accepts the listed values of a feature."""
+
+    values: frozenset[Value]
+
+    def __init__(self, *values: Value):
+        object.__setattr__(self, "values", frozenset(values))
+
+    def refuses(self, value: Value) -> str | None:
+        if value in self.values:
+            return None
+        return "only " + ", ".join(sorted(map(str, self.values)))
+
+
+@dataclass(frozen=True, slots=True)
+class AtMost:
+    """Accepts numbers up to a limit, in the given unit."""
+
+    limit: float
+    unit: str = ""
+
+    def refuses(self, value: Value) -> str | None:
+        if isinstance(value, (int, float)) and value <= self.limit:
+            return None
+        return f"at most {self.limit:g}{' ' + self.unit if self.unit else ''}"
+
+
+ANY = None
+"""Accepts every value of a feature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a kernel needs, as data."""
+
+    features: Mapping[str, OneOf | AtMost | None] = field(default_factory=dict)
+    device_types: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
+    vendor: str | None = None
+    min_compute_capability: tuple[int, int] | None = None
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """import name → the command that installs it"""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One implementation. `entry` ("module:attribute") is imported only where it runs."""
+
+    name: str
+    entry: str
+    needs: Needs
+    summary: str
+
+
+def load_entry(entry: str) -> Any:
+    """Import what "module:attribute" names. Entries come from this package's own tables, never from a spec."""
+    module, _, attribute = entry.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def refusals(
+    kernel: Kernel, request: Request, target: Target, environment: Environment | None = None
+) -> tuple[Refusal, ...]:
+    """Every reason why `kernel` cannot serve `request` on `target`; empty when it can.
+
+    With `environment=None` (a listed target that is not this machine) only target and option refusals count, so
+    that the plan for a listed target does not depend on where it was made.
+    """
+    needs, found = kernel.needs, []
+    if target.device_type not in needs.device_types:
+        found.append(Refusal("target", f"{kernel.name} runs on {' and '.join(needs.device_types)} only"))
+    elif needs.vendor is not None and target.vendor not in (needs.vendor, "any"):
+        found.append(Refusal("target", f"{kernel.name} needs {needs.vendor} hardware, {target.name} is {target.vendor}"))
+    elif needs.min_compute_capability is not None and (target.compute_capability or (0, 0)) < needs.min_compute_capability:
+        wanted = ".".join(map(str, needs.min_compute_capability))
+        found.append(Refusal("target", f"{kernel.name} needs compute capability {wanted} or later"))
+    if request.dtype is not None and request.dtype not in needs.dtypes:
+        found.append(Refusal("option", f"{kernel.name} does not take {request.dtype}"))
+    for name, value in request.features.items():
+        if not value or value == "none":
+            continue
+        if name not in needs.features:
+            shown = "" if value is True else f" = {value}"
+            found.append(Refusal("option", f"{kernel.name} does not offer {name}{shown}"))
+            continue
+        accepts = needs.features[name]
+        limit = accepts.refuses(value) if accepts is not None else None
+        if limit is not None:
+            found.append(Refusal("option", f"{kernel.name} does not offer {name} = {value} ({limit})"))
+    if environment is not None:
+        for package, install in needs.packages.items():
+            if package not in environment.packages:
+                found.append(Refusal("environment", f"{package} is not installed: {install}"))
+    return tuple(found)
+
+
+# --- mechanisms -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MixerCost:
+    """What one mixer costs, projections included, for a batch of B sequences of T tokens.
+
+    FLOPs are counted as torch's FlopCounterMode counts them (matmul 2·m·n·k; the operator by its registered
+    formula). `saved_bytes` is what autograd keeps between forward and backward; `workspace_bytes` the largest
+    transient beside that, in either direction.
+    """
+
+    parameters: int
+    forward_flops: int
+    backward_flops: int
+    forward_bytes: int
+    backward_bytes: int
+    saved_bytes: int
+    workspace_bytes: int
+    state_bytes: int
+    """decode state for B sequences at position T"""
+
+
+@dataclass(frozen=True, slots=True)
+class Mechanism:
+    """A mechanism, as data. One folder per mechanism; `discover` finds them."""
+
+    name: str
+    policy: type[Policy]
+    kernels: tuple[Kernel, ...]
+    names: tuple[str, ...]
+    """every kernel name a spec may use; one without a Kernel is reserved: known, and not built yet"""
+    order: Callable[[str, Mapping[str, Value]], tuple[str, ...]]
+    """(device type, requested features) → kernel names, best first"""
+    features: Callable[[Any], Mapping[str, Value]]
+    """policy → what a layer of that policy asks of every kernel"""
+    unbuilt: Callable[[Any], tuple[str, ...]]
+    """policy → a sentence for each of its options that the layer does not build in this version"""
+    cost: str
+    """entry of (policy, hidden_size, batch, seq_len, itemsize, kernel name) → MixerCost; imports no torch"""
+    layer: str
+    """entry of the nn.Module"""
+    operator: str
+    """entry of the runtime Operator"""
+    reference: str
+    """entry of the oracle"""
+    cases: str
+    """entry of the hypothesis strategy and bench shapes"""
+
+    def kernel(self, name: str) -> Kernel | None:
+        """The kernel of that name, or None when the name is reserved for one that is not built yet."""
+        return next((kernel for kernel in self.kernels if kernel.name == name), None)
+
+
+@cache
+def discover() -> Mapping[str, Mechanism]:
+    """Every mechanism, by name: each folder beside this file that has a mechanism.py with a `MECHANISM`."""
+    package = importlib.import_module("attncompiler.mechanisms")
+    found = {}
+    for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda module: module.name):
+        if module.ispkg:
+            mechanism = importlib.import_module(f"{package.__name__}.{module.name}.mechanism").MECHANISM
+            found[mechanism.name] = mechanism
+    return found
+
+
+# --- spec fields that mechanisms share --------------------------------------------------------------------------
+
+
+class RopeParameters(StrictModel):
+    """Rotary position embedding, with the field names of HF's `rope_parameters`."""
+
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    rope_theta: float = Field(default=10000.0, gt=0)
+    factor: float | None = Field(default=None, gt=0)
+    original_max_position_embeddings: int | None = Field(default=None, gt=0)
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
+    interleaved: bool = False
+    attention_factor: float | None = Field(default=None, gt=0)
+    beta_fast: float | None = Field(default=None, gt=0)
+    beta_slow: float | None = Field(default=None, gt=0)
+    low_freq_factor: float | None = Field(default=None, gt=0)
+    high_freq_factor: float | None = Field(default=None, gt=0)
+
+
+class Route(StrictModel):
+    """One dynamic route: when the condition holds, the layer runs with these changes."""
+
+    when: str
+    pattern: dict[str, Any] | None = None
+    kernel: str | tuple[str, ...] | None = Field(default=None, strict=False)
+    packing: bool | None = None
+
+
+class Policy(StrictModel):
+    """Fields every mixer kind has. A mechanism's own policy adds `kind` (a Literal of its name) and its options."""
+
+    kernel: str | tuple[str, ...] = Field(default="auto", strict=False)
+    routes: tuple[Route, ...] = Field(default=(), strict=False)

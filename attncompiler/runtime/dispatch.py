@@ -1,0 +1,129 @@
+"""The walk along a chain: the first kernel that serves the call runs; every refusal and failure is recorded.
+
+This is the one place in the package where a kernel's failure is caught.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attncompiler.errors import KernelError, fail
+from attncompiler.mechanisms.base import Kernel, Mechanism, Request, discover, load_entry, refusals
+from attncompiler.runtime import registry
+from attncompiler.runtime.implementation import Implementation, Tensors
+from attncompiler.targets.detect import Environment, detect_environment, detect_target
+from attncompiler.targets.target import Target
+
+if TYPE_CHECKING:
+    from attncompiler.runtime.operator import Operator
+
+
+class KernelFallbackWarning(UserWarning):
+    """A kernel that was planned to run failed, and the next of its chain ran instead."""
+
+
+@cache
+def _machine(device_type: str) -> tuple[Target, Environment]:
+    return detect_target(device_type), detect_environment()
+
+
+def _allowed(mechanism: Mechanism, site: registry.Record | None, request: Request, options: Any, device: str) -> tuple[str, ...]:
+    if site is not None:
+        return site.chain
+    return options.kernel or mechanism.order(device, request.features)
+
+
+def _walk(
+    operator: Operator,
+    handle: int,
+    inputs: Tensors,
+    options: Any,
+    direction: str,
+    call: Callable[[Implementation], dict[str, Tensor] | None],
+) -> dict[str, Tensor]:
+    mechanism = discover()[operator.name]
+    request = operator.request(inputs, options)
+    device = inputs[operator.inputs[0]].device.type
+    target, environment = _machine(device)
+    site = registry.find(handle)
+    reasons: list[str] = []
+    for name in _allowed(mechanism, site, request, options, device):
+        kernel = mechanism.kernel(name)
+        if kernel is None:
+            reasons.append(f"{name}: not built in this version")
+            continue
+        refused = refusals(kernel, request, target, environment)
+        if refused:
+            reasons.append(f"{name}: " + "; ".join(map(str, refused)))
+            if site is not None:
+                site.refused(name, direction, refused)
+            continue
+        results = _attempt(kernel, site, direction, call, reasons)
+        if results is not None:
+            return results
+    raise fail(
+        KernelError,
+        "E501",
+        f"no kernel could run {operator.name} ({direction}) on {device}: " + " | ".join(reasons),
+        remedy="allow more kernels in the policy's `kernel` or in `fallback.order`",
+    )
+
+
+def _attempt(
+    kernel: Kernel,
+    site: registry.Record | None,
+    direction: str,
+    call: Callable[[Implementation], dict[str, Tensor] | None],
+    reasons: list[str],
+) -> dict[str, Tensor] | None:
+    """The kernel's results, or None when it has no such direction or failed and the chain may go on."""
+    try:
+        results = call(load_entry(kernel.entry))
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}"
+        reasons.append(f"{kernel.name}: failed with {cause}")
+        if site is None or site.on_failure == "raise":
+            raise
+        site.failed(kernel.name, direction, cause)
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"{site.label}: {kernel.name} ({direction}) failed with {cause}; the next kernel of the chain runs",
+            KernelFallbackWarning,
+            stacklevel=2,
+        )
+        return None
+    if results is None:
+        reasons.append(f"{kernel.name}: has no {direction}")
+    elif site is not None:
+        site.ran(kernel.name, direction)
+    return results
+
+
+def forward(operator: Operator, handle: int, inputs: Tensors, options: Any) -> dict[str, Tensor]:
+    """Run the operator's forward on the first kernel of the site's chain (or of the options) that serves it.
+
+    Raises KernelError (E501) with every reason when none does.
+    """
+
+    def call(implementation: Implementation) -> dict[str, Tensor] | None:
+        return implementation.forward(inputs, options) if implementation.forward else None
+
+    return _walk(operator, handle, inputs, options, "forward", call)
+
+
+def backward(
+    operator: Operator, handle: int, grads: Tensors, inputs: Tensors, outputs: Tensors, options: Any
+) -> dict[str, Tensor]:
+    """Run the operator's backward likewise; the kernel may be another than the one that ran forward."""
+
+    def call(implementation: Implementation) -> dict[str, Tensor] | None:
+        return implementation.backward(grads, inputs, outputs, options) if implementation.backward else None
+
+    return _walk(operator, handle, inputs, options, "backward", call)

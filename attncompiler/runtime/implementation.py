@@ -1,0 +1,60 @@
+"""What a kernel's entry points at: a forward and a backward over named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+Forward = Callable[[Tensors, Any], dict[str, Tensor]]
+Backward = Callable[[Tensors, Tensors, Tensors, Any], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """A kernel's two directions. Either may be None: the chain then goes on to a kernel that has it.
+
+    `forward(inputs, options)` gives every output of the operator by name. `backward(grads, inputs, outputs, options)`
+    gives the gradient of every differentiable input that is present, in that input's dtype. `grads` holds only the
+    outputs that have a gradient. Neither changes its arguments, and no result shares memory with an argument.
+    """
+
+    forward: Forward | None
+    backward: Backward | None
+
+
+def differentiate(forward: Forward, differentiable: tuple[str, ...]) -> Backward:
+    """A backward made by running `forward` again under autograd: the oracle's gradient, and `eager`'s."""
+
+    def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Any) -> dict[str, Tensor]:
+        leaves = {
+            name: tensor.detach().requires_grad_() if name in differentiable else tensor
+            for name, tensor in inputs.items()
+        }
+        with torch.enable_grad():
+            again = forward(leaves, options)
+        wanted = [name for name in differentiable if name in inputs]
+        pairs = [(again[name], grad) for name, grad in grads.items() if again[name].requires_grad]
+        if not pairs:
+            return {name: torch.zeros_like(inputs[name]) for name in wanted}
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            [leaves[name] for name in wanted],
+            [grad for _, grad in pairs],
+            allow_unused=True,
+        )
+        return {
+            name: torch.zeros_like(inputs[name]) if grad is None else grad
+            for name, grad in zip(wanted, found, strict=True)
+        }
+
+    return backward
+
+
+def from_reference(forward: Forward, differentiable: tuple[str, ...]) -> Implementation:
+    """A reference put to work as the kernel `eager`."""
+    return Implementation(forward, differentiate(forward, differentiable))

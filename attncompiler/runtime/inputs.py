@@ -1,0 +1,77 @@
+"""The check at an operator's door: shapes by symbol, dtypes, devices, masks and kernel names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from attncompiler.errors import InputError, fail
+from attncompiler.mechanisms.base import discover
+from attncompiler.runtime.operator import NO_SITE
+
+
+def check_shapes(tensors: Mapping[str, Tensor | None], layouts: Mapping[str, str]) -> dict[str, int]:
+    """Sizes by symbol, from tensors and layouts such as "BTHD". Raises InputError (E401) naming what disagrees."""
+    sizes: dict[str, int] = {}
+    first: dict[str, str] = {}
+    for name, layout in layouts.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if tensor.dim() != len(layout):
+            raise fail(InputError, "E401", f"{name} must be ({', '.join(layout)}), not {tuple(tensor.shape)}")
+        for symbol, size in zip(layout, tensor.shape, strict=True):
+            if symbol in sizes and sizes[symbol] != size:
+                raise fail(
+                    InputError,
+                    "E401",
+                    f"{name} has {symbol} = {size} in ({', '.join(layout)}), but {first[symbol]} has {sizes[symbol]}",
+                )
+            sizes.setdefault(symbol, size)
+            first.setdefault(symbol, name)
+    return sizes
+
+
+def check_device(tensors: Mapping[str, Tensor | None]) -> None:
+    """Raises InputError (E404) unless all tensors are on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise fail(InputError, "E404", f"all tensors must be on one device: {listed}")
+
+
+def boolean_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """The mask as booleans: True where it is non-zero."""
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return attention_mask
+    return attention_mask != 0
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device; fp64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
+
+
+def kernel_names(mechanism: str, kernel: str | Sequence[str]) -> tuple[str, ...]:
+    """The only kernels allowed; () for "auto". Raises InputError (E403) on a name the mechanism does not know."""
+    if kernel == "auto":
+        return ()
+    names = (kernel,) if isinstance(kernel, str) else tuple(kernel)
+    known = discover()[mechanism].names
+    for name in names:
+        if name not in known:
+            raise fail(InputError, "E403", f"unknown kernel {name!r} for {mechanism}; known: {', '.join(known)}")
+    if not names:
+        raise fail(InputError, "E403", "the list of kernels is empty")
+    return names
+
+
+def no_site() -> Tensor:
+    """The handle of a call that belongs to no site."""
+    return torch.tensor(NO_SITE, dtype=torch.int64, device="cpu")

@@ -1,0 +1,58 @@
+"""The site: the one opaque leaf of a mixer's graph. It runs a chain of kernels and keeps the record of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attncompiler.mechanisms.base import discover, load_entry
+from attncompiler.runtime import registry
+from attncompiler.runtime.operator import Operator, OperatorOptions, options_text
+
+
+class Site(nn.Module):
+    """Base of every mechanism's site. A copy, or a loaded one, is a site of its own with a fresh record.
+
+    `run(tensors)` calls the mechanism's operator with this site's handle; subclasses give it a `forward` that takes
+    the layer's tensors and the decode state.
+    """
+
+    def __init__(self, mechanism: str, chain: Iterable[str], options: OperatorOptions, *, label: str, on_failure: str = "next"):
+        super().__init__()
+        self.mechanism = mechanism
+        self.label = label
+        self.options = options_text(options)
+        self._adopt(registry.Record(label, chain, on_failure))
+
+    def _adopt(self, record: registry.Record) -> None:
+        self.record = record
+        # a plain attribute, not a buffer: it stays on the CPU when the model moves, and never enters a state dict
+        self.handle = torch.tensor(registry.register(record), dtype=torch.int64, device="cpu")
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        return self.record.chain
+
+    @property
+    def operator(self) -> Operator:
+        return load_entry(discover()[self.mechanism].operator)
+
+    def run(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["record"] = (self.record.label, self.record.chain, self.record.on_failure)
+        del state["handle"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        label, chain, on_failure = state.pop("record")
+        super().__setstate__(state)
+        self._adopt(registry.Record(label, chain, on_failure))
+
+    def extra_repr(self) -> str:
+        return f"{self.mechanism}: {' → '.join(self.chain)}"
