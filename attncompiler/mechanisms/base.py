@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,7 +25,7 @@ Value = bool | int | float | str | None
 class StrictModel(BaseModel):
     """Base of everything a spec may hold: frozen, no unknown keys, no coercion."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
@@ -128,8 +128,13 @@ def refusals(
     if target.device_type not in needs.device_types:
         found.append(Refusal("target", f"{kernel.name} runs on {' and '.join(needs.device_types)} only"))
     elif needs.vendor is not None and target.vendor not in (needs.vendor, "any"):
-        found.append(Refusal("target", f"{kernel.name} needs {needs.vendor} hardware, {target.name} is {target.vendor}"))
-    elif needs.min_compute_capability is not None and (target.compute_capability or (0, 0)) < needs.min_compute_capability:
+        found.append(
+            Refusal("target", f"{kernel.name} needs {needs.vendor} hardware, {target.name} is {target.vendor}")
+        )
+    elif (
+        needs.min_compute_capability is not None
+        and (target.compute_capability or (0, 0)) < needs.min_compute_capability
+    ):
         wanted = ".".join(map(str, needs.min_compute_capability))
         found.append(Refusal("target", f"{kernel.name} needs compute capability {wanted} or later"))
     if request.dtype is not None and request.dtype not in needs.dtypes:
@@ -153,6 +158,21 @@ def refusals(
 
 
 # --- mechanisms -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Options that are valid one by one and do not fit together. `path` leads to one of them, from the policy."""
+
+    path: tuple[str | int, ...]
+    message: str
+    code: str = "E101"
+    remedy: str | None = None
+
+
+def no_faults(policy: Any, model: Any) -> tuple[Fault, ...]:
+    """For a mechanism whose options always fit together."""
+    return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +220,8 @@ class Mechanism:
     """entry of the oracle"""
     cases: str
     """entry of the hypothesis strategy and bench shapes"""
+    relations: Callable[[Any, Any], Iterable[Fault]] = no_faults
+    """(policy, the spec's model section) → what does not fit together, checked before planning"""
 
     def kernel(self, name: str) -> Kernel | None:
         """The kernel of that name, or None when the name is reserved for one that is not built yet."""
@@ -237,17 +259,21 @@ class RopeParameters(StrictModel):
     high_freq_factor: float | None = Field(default=None, gt=0)
 
 
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+"""A list of names, as YAML gives it, held frozen."""
+
+
 class Route(StrictModel):
     """One dynamic route: when the condition holds, the layer runs with these changes."""
 
     when: str
     pattern: dict[str, Any] | None = None
-    kernel: str | tuple[str, ...] | None = Field(default=None, strict=False)
+    kernel: str | Names | None = None
     packing: bool | None = None
 
 
 class Policy(StrictModel):
     """Fields every mixer kind has. A mechanism's own policy adds `kind` (a Literal of its name) and its options."""
 
-    kernel: str | tuple[str, ...] = Field(default="auto", strict=False)
+    kernel: str | Names = "auto"
     routes: tuple[Route, ...] = Field(default=(), strict=False)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
 from attncompiler.mechanisms.attention.pattern import Causal, Pattern
-from attncompiler.mechanisms.base import ANY, AtMost, Kernel, Mechanism, Needs, OneOf, Policy, RopeParameters, Value
+from attncompiler.mechanisms.base import (
+    ANY,
+    AtMost,
+    Fault,
+    Kernel,
+    Mechanism,
+    Needs,
+    OneOf,
+    Policy,
+    RopeParameters,
+    Value,
+)
 
 
 class AttentionPolicy(Policy):
@@ -62,6 +73,33 @@ def unbuilt(policy: AttentionPolicy) -> tuple[str, ...]:
     return ()
 
 
+ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def relations(policy: AttentionPolicy, model: Any) -> Iterator[Fault]:
+    """Head counts and widths that do not fit together, and rotary options without the ones they need."""
+    heads, rope = policy.num_attention_heads, policy.rope_parameters
+    if policy.num_key_value_heads is not None and heads % policy.num_key_value_heads:
+        message = f"num_attention_heads {heads} is not divisible by num_key_value_heads {policy.num_key_value_heads}"
+        yield Fault(("num_key_value_heads",), message)
+    for option in ROPE_NEEDS.get(rope.rope_type, ()) if rope is not None else ():
+        if getattr(rope, option) is None:
+            yield Fault(("rope_parameters",), f"rope_type {rope.rope_type!r} needs {option!r}", code="E105")
+    if policy.head_dim is None and model.hidden_size % heads:
+        message = f"hidden_size {model.hidden_size} is not divisible by num_attention_heads {heads}"
+        yield Fault(("num_attention_heads",), message, remedy="give head_dim, or change one of the two")
+    elif rope is not None:
+        rotary = policy.key_width(model.hidden_size) * rope.partial_rotary_factor
+        if rotary % 2:
+            message = f"the rotary part of a head is {rotary:g} wide, and must be a positive even number"
+            yield Fault(("rope_parameters",), message, remedy="change head_dim or partial_rotary_factor")
+
+
 GPU = ("flash_attention_4", "cudnn", "triton", "flex_attention", "sdpa", "chunkwise", "eager", "host")
 CPU = ("sdpa", "chunkwise", "eager")
 
@@ -91,13 +129,17 @@ KERNELS = (
     Kernel(
         name="chunkwise",
         entry="attncompiler.mechanisms.attention.kernels.chunkwise:KERNEL",
-        needs=Needs(features={"pattern": BUILT_PATTERNS, "deterministic": ANY, "value_width": ANY, "mask_bytes": ANY, **MASKS}),
+        needs=Needs(
+            features={"pattern": BUILT_PATTERNS, "deterministic": ANY, "value_width": ANY, "mask_bytes": ANY, **MASKS}
+        ),
         summary="plain torch over blocks of queries and the keys they can see: memory linear in the length",
     ),
     Kernel(
         name="eager",
         entry="attncompiler.mechanisms.attention.reference:EAGER",
-        needs=Needs(features={"pattern": BUILT_PATTERNS, "deterministic": ANY, "value_width": ANY, "mask_bytes": ANY, **MASKS}),
+        needs=Needs(
+            features={"pattern": BUILT_PATTERNS, "deterministic": ANY, "value_width": ANY, "mask_bytes": ANY, **MASKS}
+        ),
         summary="the reference itself: every option, memory quadratic in the length",
     ),
 )
@@ -115,4 +157,5 @@ MECHANISM = Mechanism(
     operator="attncompiler.mechanisms.attention.op:OPERATOR",
     reference="attncompiler.mechanisms.attention.reference:attention",
     cases="attncompiler.mechanisms.attention.cases:CASES",
+    relations=relations,
 )
