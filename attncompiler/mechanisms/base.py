@@ -176,6 +176,19 @@ def no_faults(policy: Any, model: Any) -> tuple[Fault, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class MixerSize:
+    """At what size a mixer is costed: a batch of B sequences of T tokens, M wide, on one kernel of its chain."""
+
+    hidden_size: int
+    max_position_embeddings: int
+    batch: int
+    seq_len: int
+    itemsize: int
+    """bytes of an element of the compute dtype"""
+    kernel: str
+
+
+@dataclass(frozen=True, slots=True)
 class MixerCost:
     """What one mixer costs, projections included, for a batch of B sequences of T tokens.
 
@@ -185,6 +198,8 @@ class MixerCost:
     """
 
     parameters: int
+    fp32_parameters: int
+    """those of the parameters that stay in fp32 whatever the model's dtype"""
     forward_flops: int
     backward_flops: int
     forward_bytes: int
@@ -211,7 +226,7 @@ class Mechanism:
     unbuilt: Callable[[Any], tuple[str, ...]]
     """policy → a sentence for each of its options that the layer does not build in this version"""
     cost: str
-    """entry of (policy, hidden_size, batch, seq_len, itemsize, kernel name) → MixerCost; imports no torch"""
+    """entry of (policy, MixerSize) → MixerCost; imports no torch"""
     layer: str
     """entry of the nn.Module"""
     operator: str

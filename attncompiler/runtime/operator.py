@@ -73,8 +73,9 @@ def _parse(options: type[OperatorOptions], descriptor: str) -> tuple[tuple[str, 
 
 
 def options_text(options: OperatorOptions) -> str:
-    """The options as the text an operator takes: JSON, without what has its default."""
-    return options.model_dump_json(exclude_defaults=True)
+    """The options as the text an operator takes: JSON, without the fields that have their default."""
+    fields = type(options).model_fields
+    return options.model_dump_json(include={name for name in fields if getattr(options, name) != fields[name].default})
 
 
 def define(operator: Operator) -> Operator:

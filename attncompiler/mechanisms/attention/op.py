@@ -108,6 +108,7 @@ def as_pattern(pattern: str | Mapping[str, Any] | Pattern) -> Pattern:
         raise fail(InputError, "E403", f"pattern {pattern!r} is not valid: {error}") from None
 
 
+@torch.compiler.allow_in_graph
 def attention(
     q: Tensor,
     k: Tensor,
@@ -151,9 +152,9 @@ def attention(
         kernel=kernel_names("attention", kernel),
         deterministic=deterministic,
         pattern=as_pattern(pattern),
-        scale=scale,
-        softcap=softcap,
-        dropout=dropout,
+        scale=None if scale is None else float(scale),
+        softcap=None if softcap is None else float(softcap),
+        dropout=float(dropout),
         layer=layer,
     )
     results = OPERATOR(tensors, options_text(options), no_site())

@@ -8,28 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attncompiler.blocks.positions import segment_positions
 from attncompiler.mechanisms.attention.pattern import Causal, Full, SlidingWindow
 from attncompiler.runtime.implementation import Tensors
-
-
-def segment_positions(attention_mask: Tensor | None, segment_ids: Tensor | None, length: int) -> Tensor:
-    """Positions (B, S) of tokens inside their segment, counted from the segment's first real token.
-
-    `attention_mask` (B, S) bool, True for real tokens; `segment_ids` (B, S), equal ids being one contiguous run.
-    A padded token's position means nothing. Reads no value on the host.
-    """
-    given = attention_mask if attention_mask is not None else segment_ids
-    assert given is not None
-    index = torch.arange(length, device=given.device)
-    real = torch.ones_like(given, dtype=torch.int64) if attention_mask is None else attention_mask.long()
-    starts = torch.zeros_like(real, dtype=torch.bool)
-    starts[:, :1] = True
-    if segment_ids is not None:
-        starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    count = real.cumsum(1)
-    before_segment = torch.where(starts, count - real, 0).cummax(1).values
-    first = (real > 0) & (count - before_segment == 1)
-    return index - torch.where(first, index, 0).cummax(1).values
 
 
 def positions(inputs: Tensors) -> tuple[Tensor, Tensor]:

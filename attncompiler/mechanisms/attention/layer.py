@@ -1,0 +1,114 @@
+"""The attention layer: projections, norms of queries and keys, rotary, and one site."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attncompiler.blocks.norm import L2Norm, RMSNorm
+from attncompiler.blocks.rotary import Rotary
+from attncompiler.mechanisms.attention.mechanism import AttentionPolicy
+from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, check
+from attncompiler.mechanisms.attention.state import extend, init_state
+from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.site import Site
+
+State = dict[str, Tensor]
+
+
+class AttentionSite(Site):
+    """Runs attention over the new tokens and, in decoding, over the cache."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """q (B, T, H, D), k (B, T, K, D), v (B, T, K, V) → out (B, T, H, V) and the cache, when one was given."""
+        if state is None:
+            return self._run(check(q, k, v, segment_ids, None, attention_mask)), None
+        assert position_ids is not None
+        positions = position_ids.expand(q.shape[0], -1)
+        first = state["k"].shape[1] == 0
+        state = extend(state, k, v, positions, attention_mask)
+        if first:
+            return self._run(check(q, k, v, attention_mask=attention_mask)), state
+        return self._run(
+            check(
+                q,
+                state["k"],
+                state["v"],
+                attention_mask=state["mask"],
+                q_positions=positions.contiguous(),
+                kv_positions=state["positions"],
+            )
+        ), state
+
+    def _run(self, tensors: dict[str, Tensor | None]) -> Tensor:
+        return OPERATOR(tensors, self.options, self.handle)["out"]
+
+
+class Attention(nn.Module):
+    """q, k, v projections, optional norms and rotary, the site, and the output projection; HF's parameter names."""
+
+    def __init__(self, policy: AttentionPolicy, context: MixerContext):
+        super().__init__()
+        self.policy, self.context = policy, context
+        M, D, V = context.hidden_size, policy.key_width(context.hidden_size), policy.value_width(context.hidden_size)
+        self.key_width, self.value_width = D, V
+        qkv_bias = policy.attention_bias in ("qkv", "all")
+        self.q_proj = nn.Linear(M, policy.num_attention_heads * D, bias=qkv_bias)
+        self.k_proj = nn.Linear(M, policy.kv_heads * D, bias=qkv_bias)
+        self.v_proj = nn.Linear(M, policy.kv_heads * V, bias=qkv_bias)
+        self.o_proj = nn.Linear(policy.num_attention_heads * V, M, bias=policy.attention_bias == "all")
+        if policy.qk_norm == "rms":
+            self.q_norm: nn.Module | None = RMSNorm(D, context.norm_eps)
+            self.k_norm: nn.Module | None = RMSNorm(D, context.norm_eps)
+        elif policy.qk_norm == "l2":
+            self.q_norm, self.k_norm = L2Norm(context.norm_eps), L2Norm(context.norm_eps)
+        else:
+            self.q_norm = self.k_norm = None
+        self.rotary = Rotary(D, policy.rope_parameters) if policy.rope_parameters else None
+        scalar = policy.query_pre_attn_scalar
+        self.site = AttentionSite(
+            "attention",
+            context.chain,
+            AttentionOptions(
+                pattern=policy.pattern,
+                scale=None if scalar is None else scalar**-0.5,
+                softcap=policy.attn_logit_softcapping,
+                dropout=policy.attention_dropout,
+                layer=context.layer_index if policy.pattern.kind == "random" else 0,
+                deterministic=context.deterministic,
+            ),
+            label=context.label,
+            on_failure=context.on_failure,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """hidden (B, T, M), position_ids (B or 1, T), segment_ids and attention_mask (B, T) → (B, T, M), state."""
+        q = self.q_proj(hidden).unflatten(-1, (-1, self.key_width))
+        k = self.k_proj(hidden).unflatten(-1, (-1, self.key_width))
+        v = self.v_proj(hidden).unflatten(-1, (-1, self.value_width))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, position_ids)
+        out, state = self.site(q, k, v, position_ids, segment_ids, attention_mask, state)
+        return self.o_proj(out.flatten(-2)), state
+
+    def init_state(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> State:
+        """An empty cache for B sequences of up to `max_length` tokens."""
+        return init_state(self.policy, self.context, batch, max_length, device, dtype)
