@@ -189,25 +189,31 @@ class MixerSize:
 
 
 @dataclass(frozen=True, slots=True)
-class MixerCost:
-    """What one mixer costs, projections included, for a batch of B sequences of T tokens.
+class Cost:
+    """What a part of a model costs in one training step, for a batch of B sequences of T tokens.
 
-    FLOPs are counted as torch's FlopCounterMode counts them (matmul 2·m·n·k; the operator by its registered
-    formula). `saved_bytes` is what autograd keeps between forward and backward; `workspace_bytes` the largest
-    transient beside that, in either direction.
+    FLOPs are counted as torch's FlopCounterMode counts them (a matmul 2·m·n·k, an operator by its registered
+    formula). The sum of two costs is that of the parts one after the other.
     """
 
-    parameters: int
-    fp32_parameters: int
+    parameters: int = 0
+    fp32_parameters: int = 0
     """those of the parameters that stay in fp32 whatever the model's dtype"""
-    forward_flops: int
-    backward_flops: int
-    forward_bytes: int
-    backward_bytes: int
-    saved_bytes: int
-    workspace_bytes: int
-    state_bytes: int
+    forward_flops: int = 0
+    backward_flops: int = 0
+    forward_bytes: int = 0
+    """memory traffic, each operand and result once"""
+    backward_bytes: int = 0
+    saved_bytes: int = 0
+    """what autograd keeps between forward and backward"""
+    workspace_bytes: int = 0
+    """the largest transient beside that, in either direction"""
+    state_bytes: int = 0
     """decode state for B sequences at position T"""
+
+    def __add__(self, other: Cost) -> Cost:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in self.__slots__}
+        return Cost(**{**sums, "workspace_bytes": max(self.workspace_bytes, other.workspace_bytes)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +232,7 @@ class Mechanism:
     unbuilt: Callable[[Any], tuple[str, ...]]
     """policy → a sentence for each of its options that the layer does not build in this version"""
     cost: str
-    """entry of (policy, MixerSize) → MixerCost; imports no torch"""
+    """entry of (policy, MixerSize) → Cost, projections included; imports no torch"""
     layer: str
     """entry of the nn.Module"""
     operator: str
