@@ -227,6 +227,8 @@ class Mechanism:
     """every kernel name a spec may use; one without a Kernel is reserved: known, and not built yet"""
     order: Callable[[str, Mapping[str, Value]], tuple[str, ...]]
     """(device type, requested features) → kernel names, best first"""
+    causal: Callable[[Any], bool]
+    """policy → whether no token depends on a later one, so that the layer can be run step by step"""
     features: Callable[[Any], Mapping[str, Value]]
     """policy → what a layer of that policy asks of every kernel"""
     unbuilt: Callable[[Any], tuple[str, ...]]

@@ -150,6 +150,7 @@ MECHANISM = Mechanism(
     kernels=KERNELS,
     names=(*GPU, "ring"),
     order=order,
+    causal=lambda policy: policy.pattern.causal,
     features=features,
     unbuilt=unbuilt,
     cost="attncompiler.mechanisms.attention.cost:cost",

@@ -1,0 +1,230 @@
+"""The whole model: before tracing as modules with a forward, a step and a loss; after it as a GraphModule."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from attncompiler.blocks.head import ClassifierLoss, LMLoss, Pool, SoftCap
+from attncompiler.blocks.norm import make_norm
+from attncompiler.blocks.positions import Positions, StepPositions
+from attncompiler.emit.trace import Emitted, free_method, share_forwards
+from attncompiler.errors import InputError, fail
+from attncompiler.mechanisms.base import discover
+from attncompiler.plan import Plan
+from attncompiler.spec.model import ModelSpec
+
+
+class Model(nn.Module):
+    """What is traced. `layers` are GraphModules already; `forward`, `step` and `loss` become one graph each."""
+
+    def __init__(self, spec: ModelSpec, layers: Mapping[str, nn.Module]):
+        super().__init__()
+        model, width = spec.model, spec.model.hidden_size
+        self.embedding, self.head = model.embedding, model.head
+        self.takes_tokens = model.input == "tokens"
+        self.positions, self.step_positions = Positions(), StepPositions()
+        if self.takes_tokens:
+            self.embed_tokens = nn.Embedding(model.vocab_size, width)
+        if self.embedding.positions == "learned":
+            self.embed_positions = nn.Embedding(model.max_position_embeddings, width)
+        if self.embedding.token_types:
+            self.embed_token_types = nn.Embedding(self.embedding.token_types, width)
+        if self.embedding.norm:
+            self.embed_norm = make_norm(model.norm.kind, width, model.norm.eps)
+        self.layers = nn.ModuleDict(layers)
+        if model.norm.position != "post":
+            self.norm = make_norm(model.norm.kind, width, model.norm.eps)
+        if self.head.kind == "lm":
+            self.lm_head = nn.Linear(width, model.vocab_size, bias=self.head.bias)
+            if self.head.final_logit_softcapping is not None:
+                self.softcap = SoftCap(self.head.final_logit_softcapping)
+            self.lm_loss = LMLoss(self.head.final_logit_softcapping)
+        elif self.head.kind == "classifier":
+            self.pool = Pool(self.head.pooling)
+            self.score = nn.Linear(width, self.head.num_labels, bias=self.head.bias)
+            self.classifier_loss = ClassifierLoss()
+
+    def embed(self, inputs: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        hidden = self.embed_tokens(inputs) if self.takes_tokens else inputs
+        if self.embedding.multiplier != 1.0:
+            hidden = hidden * self.embedding.multiplier
+        if self.embedding.positions == "learned":
+            hidden = hidden + self.embed_positions(position_ids)
+        if self.embedding.token_types:
+            hidden = hidden + self.embed_token_types(token_type_ids)
+        return self.embed_norm(hidden) if self.embedding.norm else hidden
+
+    def backbone(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        segment_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+    ) -> Tensor:
+        position_ids = self.positions(inputs, attention_mask, position_ids, segment_ids)
+        hidden = self.embed(inputs, position_ids, token_type_ids)
+        for layer in self.layers.values():
+            hidden = layer(hidden, position_ids, segment_ids, attention_mask)[0]
+        return self.norm(hidden) if hasattr(self, "norm") else hidden
+
+    def apply_head(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if self.head.kind == "lm":
+            logits = self.lm_head(hidden)
+            return self.softcap(logits) if self.head.final_logit_softcapping is not None else logits
+        if self.head.kind == "classifier":
+            return self.score(self.pool(hidden, attention_mask))
+        return hidden
+
+    def forward(
+        self,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        hidden = self.backbone(inputs, attention_mask, position_ids, segment_ids, token_type_ids)
+        return self.apply_head(hidden, attention_mask)
+
+    def step(self, inputs: Tensor, state: dict[str, Any], attention_mask: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        header = self.step_positions(inputs, state, attention_mask)
+        position_ids = header["position_ids"]
+        hidden = self.embed(inputs, position_ids)
+        states = {}
+        for name, layer in self.layers.items():
+            hidden, states[name] = layer(hidden, position_ids, None, attention_mask, state["layers"][name])
+        if hasattr(self, "norm"):
+            hidden = self.norm(hidden)
+        after = {key: header[key] for key in ("position", "seen", "max_length")}
+        return self.apply_head(hidden, attention_mask), {**after, "layers": states}
+
+    def loss(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor:
+        hidden = self.backbone(inputs, attention_mask, position_ids, segment_ids, token_type_ids)
+        if self.head.kind == "lm":
+            return self.lm_loss(hidden, self.lm_head.weight, self.lm_head.bias, labels)
+        return self.classifier_loss(self.apply_head(hidden, attention_mask), labels)
+
+
+class CompiledModel(Emitted):
+    """An emitted model: a GraphModule with `layers`, a `loss` for training and a `step` for decoding.
+
+    `forward(input_ids, attention_mask=None, position_ids=None, segment_ids=None)` gives logits (B, T, vocabulary), class
+    scores (B, num_labels), or hidden states (B, T, M), as `model.head` says. input_ids (B, T) (`inputs_embeds`
+    (B, T, M) for `input: embeds`); attention_mask (B, T) non-zero for real tokens, on either side; position_ids (B, T)
+    replace the counted ones in rotary and learned positions; segment_ids (B, T) keep packed documents apart.
+
+    `spec` and `plan` say what it is; `graphs` holds the graphs of `step` and `loss` beside `graph`.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        class_name: str | None = None,
+        *,
+        spec: ModelSpec | None = None,
+        plan: Plan | None = None,
+        graphs: Mapping[str, fx.Graph] | None = None,
+    ):
+        super().__init__(root, graph, "CompiledModel")
+        self.spec, self.plan = spec, plan
+        self.graphs = dict(graphs or {})
+        share_forwards(layer for layer in self.layers.values() if isinstance(layer, fx.GraphModule))
+        for name, method in self.graphs.items():
+            setattr(type(self), f"_generated_{name}", free_method(root, method))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        made = type(self)(
+            self._copy_of_children(memo),
+            copy.deepcopy(self.graph),
+            spec=self.spec,
+            plan=self.plan,
+            graphs={name: copy.deepcopy(graph) for name, graph in self.graphs.items()},
+        )
+        memo[id(self)] = made
+        return made
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
+        """The mean cross-entropy, a scalar in fp32, over labels that are not −100.
+
+        For a language model labels (B, T) are aligned with the tokens: labels[b, t] is the token that should follow
+        input_ids[b, t]; nothing is shifted here, so that packed and sharded batches need no special case. For a
+        classifier labels are (B,). The head is fused with the loss in chunks: the logits are never held whole.
+        Raises InputError (E403) for a model without a head.
+        """
+        if "loss" not in self.graphs:
+            raise fail(InputError, "E403", "this model has no head, so it has no loss")
+        loss: Tensor = self._generated_loss(input_ids, labels, attention_mask, position_ids, segment_ids, **inputs)
+        return loss
+
+    def init_state(
+        self, batch: int, max_length: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Any]:
+        """An empty decode state for B sequences of up to `max_length` tokens.
+
+        `device` and `dtype` (of caches; recurrent states are fp32) default to the parameters'. Raises InputError (E503)
+        when a layer cannot be run step by step.
+        """
+        self._refuse_step()
+        example = next(self.parameters())
+        device = torch.device(device) if device is not None else example.device
+        dtype = dtype or example.dtype
+        return {
+            "seen": 0,
+            "max_length": max_length,
+            "position": torch.zeros(batch, dtype=torch.int64, device=device),
+            "layers": {name: layer.mixer.init_state(batch, max_length, device, dtype) for name, layer in self.layers.items()},
+        }
+
+    def step(
+        self, input_ids: Tensor, state: dict[str, Any], attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Run T ≥ 1 more tokens: input_ids (B, T), attention_mask (B, T) of the new tokens → logits and the new state.
+
+        The state given is consumed: use the one returned. Raises InputError (E502) when the state is full.
+        """
+        self._refuse_step()
+        result: tuple[Tensor, dict[str, Any]] = self._generated_step(input_ids, state, attention_mask)
+        return result
+
+    def _refuse_step(self) -> None:
+        if "step" in self.graphs:
+            return
+        reasons = "; ".join(not_causal(self.spec)) if self.spec else "it has no spec"
+        raise fail(InputError, "E503", f"this model cannot be run step by step: {reasons}")
+
+
+def not_causal(spec: ModelSpec) -> list[str]:
+    """Why the model cannot decode, a sentence for each policy in use and each part; empty when it can."""
+    reasons = []
+    if spec.model.head.kind == "classifier":
+        reasons.append("a classifier reads the whole sequence")
+    if spec.model.embedding.token_types:
+        reasons.append("token types are given for a whole sequence")
+    for name in dict.fromkeys(layer.policy_name for layer in spec.resolved_layers):
+        policy = spec.policies[name]
+        if not discover()[policy.kind].causal(policy):
+            reasons.append(f"policy {name!r} is not causal")
+    return reasons

@@ -1,0 +1,84 @@
+"""Modules → graphs: what is a node, what is seen through, and a GraphModule that keeps its modules as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from attncompiler.runtime.site import Site
+
+
+class Emitted(fx.GraphModule):
+    """A GraphModule whose children are the modules it was made from.
+
+    fx copies only what the graph calls, into bare containers; here the originals are put back, so that a ModuleDict
+    keeps its `.items()`, a mixer its methods, and ties survive `copy.deepcopy`.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str | None = None):
+        super().__init__(root, graph, class_name or type(self).__name__)
+        for name, child in root.named_children():
+            setattr(self, name, child)
+        self.train(root.training)
+
+    def _copy_of_children(self, memo: dict[int, Any]) -> nn.Module:
+        holder = nn.Module()
+        for name, child in self.named_children():
+            holder.add_module(name, child)
+        holder = copy.deepcopy(holder, memo)
+        holder.train(self.training)
+        return holder
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Emitted:
+        made = type(self)(self._copy_of_children(memo), copy.deepcopy(self.graph), self._get_name())
+        memo[id(self)] = made
+        return made
+
+
+class LayerTracer(fx.Tracer):
+    """Sees through a layer, its mixer and its MLP; everything of torch.nn, of blocks, and sites are nodes."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        if isinstance(module, (Site, Emitted)):
+            return True
+        home = type(module).__module__
+        if home.startswith("attncompiler.blocks.mlp"):
+            return False
+        return home.startswith(("torch.nn", "attncompiler.blocks"))
+
+
+def trace(module: nn.Module, method: str = "forward") -> fx.Graph:
+    """The graph of one method of `module`. Optional arguments stay placeholders with their default None."""
+    tracer = LayerTracer()
+    tracer.traced_func_name = method
+    graph = tracer.trace(module)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return graph
+
+
+def share_forwards(layers: Iterable[fx.GraphModule]) -> None:
+    """Give layers whose generated code is the same text one forward function, so Dynamo compiles it once for all.
+
+    Only the function is shared, not the class: recompiling one layer's graph later changes that layer alone.
+    """
+    seen: dict[str, Any] = {}
+    for layer in layers:
+        first = seen.setdefault(layer.code, type(layer).forward)
+        type(layer).forward = first
+
+
+def free_method(root: nn.Module, graph: fx.Graph) -> Any:
+    """The function `(self, …)` that fx generates for `graph`, to be bound to any module with root's children."""
+    return type(fx.GraphModule(root, graph)).forward
+
+
+def checked(graph: fx.Graph, root: nn.Module) -> torch.fx.Graph:
+    """The graph, linted as one that belongs to `root`."""
+    graph.owning_module = root  # type: ignore[assignment]
+    graph.lint()
+    return graph
