@@ -185,7 +185,13 @@ class MixerSize:
     seq_len: int
     itemsize: int
     """bytes of an element of the compute dtype"""
+    device_type: str
+    """on a GPU some blocks run fused, and keep less for the backward"""
     kernel: str
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,119 @@
-"""What attention costs."""
+"""What attention costs. Nothing here imports torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 
-def operator_flops(shapes, options):
+from attncompiler.blocks import cost as blocks
+from attncompiler.mechanisms.attention.mechanism import AttentionPolicy
+from attncompiler.mechanisms.attention.pattern import Causal, Chunked, Full, Pattern, SlidingWindow
+from attncompiler.mechanisms.base import Cost, MixerSize
+
+FP32 = 4
+
+
+def _ramp(count: int, limit: int) -> int:
+    """Σ min(x, limit) over x = 1 … count; 0 for a count below 1."""
+    if count < 1 or limit < 1:
+        return 0
+    low = min(count, limit)
+    return low * (low + 1) // 2 + (count - low) * limit
+
+
+def visible_pairs(pattern: Pattern, T: int, S: int) -> int:
+    """Pairs (query, key) that see each other among T queries and S keys, the last of each aligned; in O(1).
+
+    Raises TypeError for a pattern that is not built in this version.
+    """
+    before = S - T  # the position of the first query
+    match pattern:
+        case Full():
+            return T * S
+        case Causal():
+            return _ramp(S, S) - _ramp(before, S)
+        case SlidingWindow(window=W, global_tokens=G, causal=True):
+            seen = _ramp(S, W) + _ramp(S - W, G)
+            return seen - (_ramp(before, W) + _ramp(before - W, G))
+        case SlidingWindow(window=W, global_tokens=G):
+            # a query before G sees every key; a later one min(S, i + W) keys, less those between the globals and the band
+            wide = max(0, min(G, S) - before)
+            first = max(min(G, S), before)
+            ends = _ramp(S - 1 + W, S) - _ramp(first - 1 + W, S)
+            gaps = _ramp(S - W - G, S) - _ramp(first - W - G, S)
+            return wide * S + ends - gaps
+        case Chunked(chunk=C):
+
+            def rows(count: int) -> int:
+                whole, rest = divmod(max(count, 0), C)
+                return whole * _ramp(C, C) + _ramp(rest, C)
+
+            return rows(S) - rows(before)
+    raise TypeError(f"the pattern {pattern!r} is not built")
+
+
+def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:
+    """FLOPs forward and backward of one call, over visible pairs alone (segments and padding are not looked at).
+
+    `shapes` holds q (B, T, H, D), k (B, S, K, D), v (B, S, K, V); `options` has the pattern. Forward is two products
+    per pair, q·k and p·v; backward five, as the scores are made again (Dao et al. 2022, https://arxiv.org/abs/2205.14135,
+    algorithm 4), which is counted as 2.5 times the forward.
+    """
     B, T, H, D = shapes["q"]
     S, V = shapes["v"][1], shapes["v"][3]
-    pairs = T * S
-    return 2 * B * pairs * H * (D + V), 5 * B * pairs * H * (D + V)
+    forward = 2 * B * visible_pairs(options.pattern, T, S) * H * (D + V)
+    return forward, 5 * forward // 2
+
+
+def cost(policy: AttentionPolicy, size: MixerSize) -> Cost:
+    """Projections, norms of queries and keys, rotary and the operator.
+
+    Autograd keeps the layer's input, q, k and v as the operator got them, its outputs, and what the norms keep.
+    """
+    M, H, K = size.hidden_size, policy.num_attention_heads, policy.kv_heads
+    D, V = policy.key_width(M), policy.value_width(M)
+    n, itemsize = size.tokens, size.itemsize
+    qkv_bias, out_bias = policy.attention_bias in ("qkv", "all"), policy.attention_bias == "all"
+    shapes = {"q": (size.batch, size.seq_len, H, D), "v": (size.batch, size.seq_len, K, V)}
+    forward, backward = operator_flops(shapes, policy)
+    heads = n * (H * D + K * D + K * V) * itemsize
+    out = n * H * V * itemsize
+    lse = n * H * max(itemsize, FP32)
+    total = (
+        blocks.linear(n, M, H * D, qkv_bias, itemsize)
+        + blocks.linear(n, M, K * D, qkv_bias, itemsize)
+        + blocks.linear(n, M, K * V, qkv_bias, itemsize)
+        + blocks.linear(n, H * V, M, out_bias, itemsize)
+        + Cost(
+            forward_flops=forward,
+            backward_flops=backward,
+            forward_bytes=heads + out + lse,
+            backward_bytes=2 * heads + 2 * out + lse,
+            saved_bytes=n * M * itemsize + heads + out + lse,
+            # gradients of the output, of q, k and v, beside what the kernel itself holds
+            workspace_bytes=out + heads + _kernel_workspace(policy, size),
+        )
+    )
+    if policy.rope_parameters is not None:
+        total = total + Cost(
+            forward_bytes=2 * n * (H + K) * D * itemsize,
+            backward_bytes=2 * n * (H + K) * D * itemsize,
+            saved_bytes=size.seq_len * D * itemsize,
+        )
+    if policy.qk_norm != "none":
+        kind = "rmsnorm" if policy.qk_norm == "rms" else "l2"
+        queries = blocks.norm(kind, n * H, D, itemsize, size.device_type)
+        total = total + queries + blocks.norm(kind, n * K, D, itemsize, size.device_type)
+    return total + Cost(state_bytes=n * K * (D + V) * itemsize + n * (1 + 8))
+
+
+def _kernel_workspace(policy: AttentionPolicy, size: MixerSize) -> int:
+    """The largest transient inside a kernel, in either direction, beside inputs, outputs and their gradients."""
+    B, T, H = size.batch, size.seq_len, policy.num_attention_heads
+    wide = max(size.itemsize, FP32)
+    if size.kernel == "eager":
+        # scores, their mask, weights, probabilities, and as many gradients
+        return 6 * B * H * T * T * wide
+    if size.kernel == "sdpa" and policy.pattern.kind not in ("full", "causal"):
+        return T * T * size.itemsize
+    return 0
