@@ -1,0 +1,142 @@
+"""The compiler on one screen: YAML → ModelSpec → Plan → fx.GraphModule → a folder, and back.
+
+    spec  = check("model.yaml")          # every error at once, no torch
+    plans = plan(spec)                   # one Plan per listed target
+    model = build(spec)                  # a GraphModule for the machine at hand
+    save(model, "build/model"); model = load("build/model")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attncompiler import spec as specs
+from attncompiler import targets
+from attncompiler.errors import ArtifactError, fail
+from attncompiler.plan import Plan
+from attncompiler.plan import explain as explain_plan
+from attncompiler.plan import plan as plan_for
+from attncompiler.spec.model import ModelSpec
+from attncompiler.targets.detect import detect_environment, detect_target
+from attncompiler.targets.target import Target
+
+if TYPE_CHECKING:
+    import torch
+
+    from attncompiler.emit import CompiledModel
+
+Source = str | os.PathLike[str] | ModelSpec
+
+
+def read(source: Source, overrides: Sequence[str] = ()) -> ModelSpec:
+    """A validated spec from a path (or as it is); `overrides` are "a.b=c" texts. Raises SpecError with every fault."""
+    return source if isinstance(source, ModelSpec) else specs.read(Path(source), overrides=overrides)
+
+
+def check(source: Source, *, overrides: Sequence[str] = ()) -> ModelSpec:
+    """The spec, valid in itself and served on every target it lists. Imports no torch, writes nothing.
+
+    Raises SpecError for faults of the file and PlanError where a listed target cannot serve a layer.
+    """
+    spec = read(source, overrides)
+    plan(spec)
+    return spec
+
+
+def plan(source: Source, target: str | Target | None = None) -> dict[str, Plan]:
+    """A Plan per listed target (or for `target` alone), by name. Does not depend on the machine it is made on.
+
+    Raises PlanError (E201 to E203) naming every layer that cannot be served, and why.
+    """
+    spec = read(source)
+    chosen = spec.resolved_targets if target is None else (_target(target),)
+    return {each.name: plan_for(spec, each) for each in chosen}
+
+
+def explain(
+    source: Source, *, target: str | Target | None = None, batch: int = 1, seq_len: int = 2048
+) -> dict[str, dict[str, Any]]:
+    """Per target: chains, refusals and cost of every layer, and whether training fits. Plain data."""
+    spec = read(source)
+    return {name: explain_plan(spec, each, batch=batch, seq_len=seq_len) for name, each in plan(spec, target).items()}
+
+
+def build(
+    source: Source,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    target: str | Target | None = None,
+    overrides: Sequence[str] = (),
+) -> CompiledModel:
+    """The spec as a torch.fx.GraphModule, with weights drawn from its seed. Writes nothing.
+
+    It is planned for `target`, default the machine at hand, and placed on `device`: "cpu", "cuda" or "meta" (no
+    weights); `dtype` replaces the spec's. Raises SpecError and PlanError, also when a listed target cannot be served.
+    """
+    from attncompiler.emit import emit
+
+    spec = check(source, overrides=overrides)
+    device = _device(device, target)
+    return emit(spec, _plan_here(spec, device, target), device=device, dtype=dtype)
+
+
+def save(model: CompiledModel, path: str | os.PathLike[str], *, force: bool = True) -> Path:
+    """Write the model, its spec and its plans into a folder, replacing an artifact that stands there in one step.
+
+    Raises ArtifactError (E3xx) or UsageError (E6xx), and then leaves what was there. With `force=False` trained
+    weights are not replaced by initial ones (E304).
+    """
+    from attncompiler import artifact
+
+    return artifact.write(model, Path(path), force=force)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    locked: bool = False,
+) -> CompiledModel:
+    """The model of an artifact, planned again for the machine at hand. Executes nothing that the folder holds.
+
+    With `locked` a plan that differs from the saved one is an error (E305) instead. Raises ArtifactError (E3xx) for
+    what is damaged, missing or of another version.
+    """
+    from attncompiler import artifact
+    from attncompiler.emit import emit
+
+    stored = artifact.read(Path(path))
+    device = _device(device, None)
+    planned = _plan_here(stored.spec, device, None)
+    if locked and (stored.plan is None or planned.choices() != stored.plan.choices()):
+        raise fail(ArtifactError, "E305", f"{path} was planned for other hardware than {planned.target}")
+    model = emit(stored.spec, planned, device=device, dtype=dtype, draw=not stored.has_weights)
+    if stored.has_weights and device != "meta":
+        stored.load_into(model)
+    return model
+
+
+def _target(target: str | Target) -> Target:
+    return target if isinstance(target, Target) else targets.get(target)
+
+
+def _device(device: str | torch.device | None, target: str | Target | None) -> str:
+    if device is not None:
+        return str(device)
+    return _target(target).device_type if target is not None else detect_target().device_type
+
+
+def _plan_here(spec: ModelSpec, device: str, target: str | Target | None) -> Plan:
+    """The plan to emit for: the given target's, else this machine's with what is installed on it."""
+    if target is not None:
+        return plan_for(spec, _target(target))
+    kind = None if device == "meta" else device.partition(":")[0]
+    return plan_for(spec, detect_target(kind), detect_environment())
+
+
+__all__ = ["build", "check", "explain", "load", "plan", "read", "save"]
