@@ -1,0 +1,1 @@
+"""Linear attention's kernels, one file each."""

@@ -1,0 +1,148 @@
+"""Linear attention's spec fields and kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from attncompiler.mechanisms.base import (
+    ANY,
+    Fault,
+    Kernel,
+    Mechanism,
+    Needs,
+    OneOf,
+    Policy,
+    RopeParameters,
+    Value,
+)
+
+FeatureMap = Literal["elu", "favor", "relu", "identity"]
+
+
+class LinearAttentionPolicy(Policy):
+    """A linear attention mixer; field names are HF's where HF has one."""
+
+    kind: Literal["linear_attention"]
+    num_attention_heads: int = Field(ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
+    v_head_dim: int | None = Field(default=None, ge=1)
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    rope_parameters: RopeParameters | None = None
+    feature_map: FeatureMap = "elu"
+    normalize: bool = True
+    causal: bool = True
+    eps: float = Field(default=1e-6, gt=0)
+    scale: float = Field(default=1.0, gt=0)
+    num_features: int | None = Field(default=None, ge=1)
+    orthogonal: bool | None = None
+    redraw_interval: int | None = Field(default=None, ge=1)
+    decay: Literal["none", "retention", "scalar"] = "none"
+
+    def key_width(self, hidden_size: int) -> int:
+        """D: the width of a query or key head."""
+        return self.head_dim or hidden_size // self.num_attention_heads
+
+    def value_width(self, hidden_size: int) -> int:
+        """V: the width of a value head."""
+        return self.v_head_dim or self.key_width(hidden_size)
+
+
+def features(policy: LinearAttentionPolicy) -> Mapping[str, Value]:
+    """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
+    return {
+        "feature_map": policy.feature_map,
+        "normalize": policy.normalize,
+        "bidirectional": not policy.causal,
+        "decay": policy.decay,
+    }
+
+
+def unbuilt(policy: LinearAttentionPolicy) -> tuple[str, ...]:
+    """Options of the grammar that the layer does not build in this version, each a sentence."""
+    found = []
+    if policy.feature_map == "favor":
+        found.append("feature_map 'favor' is not built yet; 'elu', 'relu' and 'identity' are")
+    if policy.decay != "none":
+        found.append(f"decay {policy.decay!r} is not built yet; only 'none' is")
+    rope = policy.rope_parameters
+    if rope is not None and rope.rope_type != "default":
+        found.append(f"rope_type {rope.rope_type!r} is not built yet; only 'default' is")
+    return tuple(found)
+
+
+def relations(policy: LinearAttentionPolicy, model: Any) -> Iterator[Fault]:
+    """Widths that do not fit together, and options that only some feature maps have."""
+    heads, rope = policy.num_attention_heads, policy.rope_parameters
+    if policy.normalize and policy.feature_map == "identity":
+        message = "normalize needs features that are not negative, and those of feature_map 'identity' have any sign"
+        yield Fault(("feature_map",), message, code="E105", remedy="set normalize: false")
+    if policy.feature_map != "favor":
+        for option in ("num_features", "orthogonal", "redraw_interval"):
+            if getattr(policy, option) is not None:
+                message = f"{option!r} belongs to feature_map 'favor', not to {policy.feature_map!r}"
+                yield Fault((option,), message, code="E105")
+    if policy.decay != "none" and not policy.causal:
+        yield Fault(("decay",), "a decay runs along time, and needs causal: true", code="E105")
+    if policy.head_dim is None and model.hidden_size % heads:
+        message = f"hidden_size {model.hidden_size} is not divisible by num_attention_heads {heads}"
+        yield Fault(("num_attention_heads",), message, remedy="give head_dim, or change one of the two")
+    elif rope is not None:
+        rotary = policy.key_width(model.hidden_size) * rope.partial_rotary_factor
+        if rotary % 2:
+            message = f"the rotary part of a head is {rotary:g} wide, and must be a positive even number"
+            yield Fault(("rope_parameters",), message, remedy="change head_dim or partial_rotary_factor")
+
+
+GPU = ("triton", "fla", "chunkwise", "eager", "host")
+CPU = ("chunkwise", "eager")
+
+
+def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
+    """Best first."""
+    return CPU if device_type == "cpu" else GPU
+
+
+OFFERED: Mapping[str, OneOf | None] = {
+    "feature_map": OneOf("elu", "relu", "identity"),
+    "normalize": ANY,
+    "bidirectional": ANY,
+    "segments": ANY,
+    "padding": ANY,
+    "initial_state": ANY,
+    "deterministic": ANY,
+}
+
+KERNELS = (
+    Kernel(
+        name="chunkwise",
+        entry="attncompiler.mechanisms.linear_attention.kernels.chunkwise:KERNEL",
+        needs=Needs(features=OFFERED),
+        summary="plain torch over chunks of the sequence and a running state: memory linear in the length",
+    ),
+    Kernel(
+        name="eager",
+        entry="attncompiler.mechanisms.linear_attention.reference:EAGER",
+        needs=Needs(features=OFFERED),
+        summary="the reference itself: every option, memory quadratic in the length",
+    ),
+)
+
+MECHANISM = Mechanism(
+    name="linear_attention",
+    policy=LinearAttentionPolicy,
+    kernels=KERNELS,
+    names=GPU,
+    order=order,
+    causal=lambda policy: policy.causal,
+    features=features,
+    unbuilt=unbuilt,
+    cost="attncompiler.mechanisms.linear_attention.cost:cost",
+    layer="attncompiler.mechanisms.linear_attention.layer:LinearAttention",
+    operator="attncompiler.mechanisms.linear_attention.op:OPERATOR",
+    reference="attncompiler.mechanisms.linear_attention.reference:linear_attention",
+    cases="attncompiler.mechanisms.linear_attention.cases:CASES",
+    relations=relations,
+)

@@ -1,0 +1,1 @@
+"""Linformer's kernels, one file each."""
