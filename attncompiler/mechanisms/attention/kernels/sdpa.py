@@ -1,0 +1,82 @@
+"""torch's own flash attention for CPUs, which gives the lse that its public door, F.scaled_dot_product_attention, hides.
+
+It reads (B, T, H, D) through transposed views and serves grouped heads without repetition. Its causal flag is aligned
+to the top left, so it stands for ours only where T = S. Any other visibility is an additive mask of T × S.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attncompiler.mechanisms.attention.op import AttentionOptions
+from attncompiler.mechanisms.attention.visibility import visible
+from attncompiler.runtime.implementation import Implementation, Tensors
+
+MASK_ROWS = 2**20
+"""Elements of the mask that are made at once, so that making it needs no more memory than it has itself."""
+
+
+def _causal_flag(inputs: Tensors, options: AttentionOptions) -> bool:
+    """Whether no query sees a key of a later index, so that torch may skip the upper triangle."""
+    square = inputs["q"].shape[1] == inputs["k"].shape[1]
+    return options.pattern.causal and square and "q_positions" not in inputs and "kv_segment_ids" not in inputs
+
+
+def _mask(inputs: Tensors, options: AttentionOptions) -> Tensor | None:
+    """What to add to the scores, (B or 1, 1, T, S) of 0 and −∞ in q's dtype; None where the causal flag says it all."""
+    q, T, S = inputs["q"], inputs["q"].shape[1], inputs["k"].shape[1]
+    plain = not inputs.keys() & {"segment_ids", "attention_mask", "q_positions"}
+    kind = options.pattern.kind
+    if plain and (kind == "full" or (kind == "causal" and T in (1, S))):
+        return None
+    rows = max(1, MASK_ROWS // S)
+    parts = []
+    for start in range(0, T, rows):
+        seen = visible(inputs, options.pattern, slice(start, start + rows))
+        parts.append(torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf))
+    return torch.cat(parts, 1)[:, None]
+
+
+def _heads_first(tensor: Tensor) -> Tensor:
+    """(B, T, H, D) → (B, H, T, D), a view; torch's kernel reads rows of D as contiguous without a check."""
+    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).transpose(1, 2)
+
+
+def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
+    """q (B, T, H, D), k, v (B, S, K, D) → out (B, T, H, D), lse (B, H, T)."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    mask = _mask(inputs, options)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        _heads_first(q),
+        _heads_first(k),
+        _heads_first(v),
+        0.0,
+        _causal_flag(inputs, options),
+        attn_mask=mask,
+        scale=options.softmax_scale(q.shape[-1]),
+    )
+    if mask is not None:
+        lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)  # torch leaves 0 there
+    return {"out": out.transpose(1, 2).contiguous(), "lse": lse.contiguous()}
+
+
+def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
+    """The gradients of q, k and v, from the probabilities that the lse gives back."""
+    q, lse = inputs["q"], outputs["lse"]
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _heads_first(grads["out"]),
+        _heads_first(q),
+        _heads_first(inputs["k"]),
+        _heads_first(inputs["v"]),
+        _heads_first(outputs["out"]),
+        lse.masked_fill(lse == -torch.inf, 0.0),  # −∞ − −∞ is no number; the mask alone makes such a row 0
+        0.0,
+        _causal_flag(inputs, options),
+        attn_mask=_mask(inputs, options),
+        scale=options.softmax_scale(q.shape[-1]),
+    )
+    return {name: grad.transpose(1, 2).contiguous() for name, grad in zip("qkv", found, strict=True)}
+
+
+KERNEL = Implementation(forward, backward)
