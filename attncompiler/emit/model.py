@@ -148,7 +148,7 @@ class CompiledModel(Emitted):
             setattr(type(self), f"_generated_{name}", free_method(root, method))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
-        made = type(self)(
+        made = CompiledModel(
             self._copy_of_children(memo),
             copy.deepcopy(self.graph),
             spec=self.spec,

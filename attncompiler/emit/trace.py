@@ -34,7 +34,7 @@ class Emitted(fx.GraphModule):
         return holder
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emitted:
-        made = type(self)(self._copy_of_children(memo), copy.deepcopy(self.graph), self._get_name())
+        made = Emitted(self._copy_of_children(memo), copy.deepcopy(self.graph), self._get_name())
         memo[id(self)] = made
         return made
 
@@ -56,7 +56,8 @@ def trace(module: nn.Module, method: str = "forward") -> fx.Graph:
     tracer = LayerTracer()
     tracer.traced_func_name = method
     graph = tracer.trace(module)
-    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        node.type = None  # annotations are text here, which fx would turn into names that mean nothing
     graph.lint()
     return graph
 
@@ -75,10 +76,3 @@ def share_forwards(layers: Iterable[fx.GraphModule]) -> None:
 def free_method(root: nn.Module, graph: fx.Graph) -> Any:
     """The function `(self, …)` that fx generates for `graph`, to be bound to any module with root's children."""
     return type(fx.GraphModule(root, graph)).forward
-
-
-def checked(graph: fx.Graph, root: nn.Module) -> torch.fx.Graph:
-    """The graph, linted as one that belongs to `root`."""
-    graph.owning_module = root  # type: ignore[assignment]
-    graph.lint()
-    return graph
