@@ -27,3 +27,6 @@ class Target(BaseModel):
     shared_memory_bytes: int = Field(gt=0, description="largest shared memory (or fast local memory) of one block")
     interconnect: float | None = Field(default=None, description="bytes per second to a neighbouring device, one way")
     features: tuple[str, ...] = Field(default=(), strict=False, description="hardware features kernels may need")
+
+    def __str__(self) -> str:
+        return self.name
