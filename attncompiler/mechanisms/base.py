@@ -207,6 +207,9 @@ class Cost:
     """those of the parameters that stay in fp32 whatever the model's dtype"""
     forward_flops: int = 0
     backward_flops: int = 0
+    forward_vector_flops: int = 0
+    """those of the FLOPs that run outside the matrix units"""
+    backward_vector_flops: int = 0
     forward_bytes: int = 0
     """memory traffic, each operand and result once"""
     backward_bytes: int = 0
