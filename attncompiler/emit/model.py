@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from attncompiler.blocks.head import ClassifierLoss, LMLoss, Pool, SoftCap
 from attncompiler.blocks.norm import make_norm
 from attncompiler.blocks.positions import Positions, StepPositions
-from attncompiler.emit.trace import Emitted, free_method, share_forwards
+from attncompiler.emit.trace import Emitted, free_method, share_classes
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import discover
 from attncompiler.plan import Plan
@@ -143,7 +143,7 @@ class CompiledModel(Emitted):
         super().__init__(root, graph, "CompiledModel")
         self.spec, self.plan = spec, plan
         self.graphs = dict(graphs or {})
-        share_forwards(layer for layer in self.layers.values() if isinstance(layer, fx.GraphModule))
+        share_classes(self.layers.values())
         for name, method in self.graphs.items():
             setattr(type(self), f"_generated_{name}", free_method(root, method))
 

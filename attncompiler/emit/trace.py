@@ -25,6 +25,12 @@ class Emitted(fx.GraphModule):
             setattr(self, name, child)
         self.train(root.training)
 
+    def recompile(self) -> Any:
+        """Generate the code again after the graph was changed: of this module alone."""
+        if self.__dict__.pop("shares_class", False):
+            self.__class__ = type("GraphModuleImpl", (Emitted,), {})
+        return super().recompile()
+
     def _copy_of_children(self, memo: dict[int, Any]) -> nn.Module:
         holder = nn.Module()
         for name, child in self.named_children():
@@ -62,15 +68,16 @@ def trace(module: nn.Module, method: str = "forward") -> fx.Graph:
     return graph
 
 
-def share_forwards(layers: Iterable[fx.GraphModule]) -> None:
-    """Give layers whose generated code is the same text one forward function, so Dynamo compiles it once for all.
+def share_classes(layers: Iterable[fx.GraphModule]) -> None:
+    """Give layers whose generated code is the same text one class, so that Dynamo compiles them once for all.
 
-    Only the function is shared, not the class: recompiling one layer's graph later changes that layer alone.
+    A layer that is recompiled later gets a class of its own again, so the others stay as they are.
     """
-    seen: dict[str, Any] = {}
+    seen: dict[str, type] = {}
     for layer in layers:
-        first = seen.setdefault(layer.code, type(layer).forward)
-        type(layer).forward = first
+        if isinstance(layer, Emitted):
+            layer.__class__ = seen.setdefault(layer.code, type(layer))
+            layer.shares_class = True
 
 
 def free_method(root: nn.Module, graph: fx.Graph) -> Any:
