@@ -1,0 +1,1 @@
+"""Attention's kernels, one file each."""

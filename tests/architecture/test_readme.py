@@ -1,0 +1,62 @@
+"""README says what there is: commands, verbs, options, mechanisms, kernels, targets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from click import Command, Group
+from readme import setup_commands
+
+from attncompiler import targets
+from attncompiler.cli import app
+from attncompiler.mechanisms.base import discover
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def verbs() -> dict[str, Command]:
+    group = typer.main.get_command(app)
+    assert isinstance(group, Group)
+    return dict(group.commands)
+
+
+def test_the_set_up_is_two_commands() -> None:
+    assert setup_commands(README) == [
+        "pip install -e . && attncompiler build specs/hybrid_tiny.yaml",
+        "pip install -e '.[test]' && pytest",
+    ]
+
+
+@pytest.mark.parametrize("verb", sorted(verbs()))
+def test_every_verb_and_option_is_documented(verb: str) -> None:
+    assert f"attncompiler {verb}" in README
+    options = [name for parameter in verbs()[verb].params for name in parameter.opts if name.startswith("--")]
+    missing = [name for name in options if name != "--help" and not re.search(re.escape(name) + r"\b", README)]
+    assert not missing
+
+
+def test_no_verb_is_documented_that_does_not_exist() -> None:
+    documented = set(re.findall(r"^\| `attncompiler (\w+)", README, flags=re.MULTILINE))
+    assert documented == set(verbs())
+
+
+def test_mechanisms_kernels_and_targets_are_documented() -> None:
+    names = [name for m in discover().values() for name in (m.name, *(kernel.name for kernel in m.kernels))]
+    missing = [name for name in [*names, *targets.names()] if f"`{name}`" not in README]
+    assert not missing
+
+
+def test_every_spec_is_documented() -> None:
+    missing = [path.name for path in sorted((ROOT / "specs").glob("*.yaml")) if path.name not in README]
+    assert not missing
+
+
+def test_links_and_pictures_exist() -> None:
+    targets_of_links = re.findall(r"\]\(([^)#]+)\)", README)
+    local = [link for link in targets_of_links if not link.startswith(("http://", "https://"))]
+    assert local
+    assert not [link for link in local if not (ROOT / link).exists()]

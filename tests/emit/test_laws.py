@@ -1,0 +1,139 @@
+"""Laws of whole models: packing, padding, decoding, loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import ENCODERS, MIXERS, gradients, model, tokens
+
+from attncompiler.errors import InputError
+
+HYBRID = tuple(MIXERS.values())
+ALL = {**{name: (policy,) for name, policy in MIXERS.items()}, "hybrid": HYBRID}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_step_by_step_is_prefill(kind: str) -> None:
+    built = model(*ALL[kind], layers=1)
+    x = tokens(2, 15)
+    expected = built(x)
+    for pieces in ([1] * 15, [15], [6, 1, 1, 7]):
+        state = built.init_state(2, 20)
+        found = []
+        for piece in x.split(pieces, 1):
+            logits, state = built.step(piece, state)
+            found.append(logits)
+        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_of_unequal_length_decode_as_alone(kind: str, side: str) -> None:
+    built = model(*ALL[kind], layers=1)
+    x = tokens(2, 12)
+    prompt, rest = x[:, :8], x[:, 8:]
+    short = 5
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    padded = prompt.clone()
+    if side == "left":
+        mask[1, : 8 - short] = 0
+        padded[1] = torch.cat([torch.zeros(8 - short, dtype=torch.int64), prompt[1, :short]])
+    else:
+        mask[1, short:] = 0
+    state = built.init_state(2, 20)
+    _, state = built.step(padded, state, mask)
+    found = []
+    for piece in rest.split(1, 1):
+        logits, state = built.step(piece, state)
+        found.append(logits)
+    alone = built(torch.cat([prompt[1:, :short], rest[1:]], 1))[:, short:]
+    torch.testing.assert_close(torch.cat(found, 1)[1:], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(found, 1)[:1], built(x[:1])[:, 8:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_packed_documents_are_separate_documents(kind: str) -> None:
+    built = model(*ALL[kind], layers=1)
+    a, b = tokens(1, 7), tokens(1, 12, seed=1)
+    packed, segments = torch.cat([a, b], 1), torch.tensor([[4] * 7 + [9] * 12])
+    found = built(packed, segment_ids=segments)
+    torch.testing.assert_close(found, torch.cat([built(a), built(b)], 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*ALL, *ENCODERS])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(kind: str, side: str) -> None:
+    built = model(*(ALL.get(kind) or (ENCODERS[kind],)), layers=1)
+    x = tokens(1, 9)
+    pads = torch.full((1, 4), 3)
+    order = (pads, x) if side == "left" else (x, pads)
+    masks = (torch.zeros_like(pads), torch.ones_like(x))
+    mask = torch.cat(masks if side == "left" else masks[::-1], 1)
+    found = built(torch.cat(order, 1), attention_mask=mask)
+    real = found[:, 4:] if side == "left" else found[:, :9]
+    torch.testing.assert_close(real, built(x), rtol=1e-4, atol=1e-5)
+    y = tokens(1, 9, seed=1)
+    ignored = torch.full_like(pads, -100)
+    built.loss(torch.cat(order, 1), torch.cat((ignored, y) if side == "left" else (y, ignored), 1), attention_mask=mask).backward()
+    padded = gradients(built)
+    built.loss(x, y).backward()
+    torch.testing.assert_close(padded, gradients(built), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_future_never_reaches_the_past(kind: str) -> None:
+    built = model(*ALL[kind], layers=1)
+    x = tokens(1, 16)
+    changed = x.clone()
+    changed[:, 10:] = (x[:, 10:] + 7) % 64
+    assert torch.equal(built(changed)[:, :10], built(x)[:, :10])
+    assert not torch.equal(built(changed)[:, 10:], built(x)[:, 10:])
+
+
+@pytest.mark.parametrize("form", ["", "head: {kind: lm, tie_word_embeddings: false, bias: true, final_logit_softcapping: 3.0}"])
+def test_loss_is_cross_entropy_of_the_logits(form: str) -> None:
+    built = model(MIXERS["attention"], form=form)
+    x, y = tokens(), tokens(seed=1)
+    y[0, :5] = -100
+    loss = built.loss(x, y)
+    loss.backward()
+    found = gradients(built)
+    expected = F.cross_entropy(built(x).flatten(0, 1), y.flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, gradients(built), rtol=1e-4, atol=1e-7)
+    assert built.loss(x, torch.full_like(y, -100)) == 0
+
+
+def test_loss_in_chunks_is_the_loss_at_once() -> None:
+    from attncompiler.blocks.head import linear_cross_entropy
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(11, (37,), generator=generator)
+    labels[3:9] = -100
+    for softcap in (None, 2.0):
+        for chunk in (1, 5, 64):
+            assert torch.autograd.gradcheck(
+                lambda h, w, b, s=softcap, c=chunk: linear_cross_entropy(h, w, b, labels, s, c), (hidden, weight, bias)
+            )
+
+
+def test_a_full_state_is_an_error_that_says_so() -> None:
+    built = model(MIXERS["attention"])
+    state = built.init_state(2, 10)
+    _, state = built.step(tokens(2, 8), state)
+    with pytest.raises(InputError, match="E502 the state holds 10 tokens, and this step would make it 11"):
+        built.step(tokens(2, 3), state)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_model_that_is_not_causal_refuses_to_step(kind: str) -> None:
+    built = model(ENCODERS[kind])
+    with pytest.raises(InputError, match="E503 .*policy 'p0' is not causal"):
+        built.init_state(1, 8)
+    with pytest.raises(InputError, match="E503"):
+        built.step(tokens(), {})
