@@ -305,7 +305,8 @@ class Route(StrictModel):
 
 
 class Policy(StrictModel):
-    """Fields every mixer kind has. A mechanism's own policy adds `kind` (a Literal of its name) and its options."""
+    """Fields every mixer kind has. A mechanism's own policy narrows `kind` to its name and adds its options."""
 
+    kind: str
     kernel: str | Names = "auto"
     routes: tuple[Route, ...] = Field(default=(), strict=False)

@@ -35,7 +35,7 @@ BOUNDS = {
 
 
 def faults(error: ValidationError, grammar: Any, base: Path = ()) -> list[tuple[Fault, bool]]:
-    """What `error`, of validating the data at `base` by the type `grammar`, says: each fault, and whether of the key."""
+    """What `error` says, of validating the data at `base` by the type `grammar`: each fault, and whether of the key."""
     traced = [(trace(grammar, item["loc"], base), item) for item in error.errors(include_url=False)]
     found: list[tuple[Fault, bool]] = []
     unions: dict[Path, list[tuple[Trace, Any]]] = {}

@@ -13,14 +13,7 @@ WIDTH = 100
 
 def dump(spec: ModelSpec) -> str:
     """The resolved spec as YAML that `parse` reads back as an equal ModelSpec."""
-    return "\n".join(_mapping(_kind_first(spec.model_dump(mode="python")), "")) + "\n"
-
-
-def _kind_first(value: Any) -> Any:
-    if isinstance(value, dict):
-        ordered = sorted(value.items(), key=lambda item: item[0] != "kind")
-        return {key: _kind_first(item) for key, item in ordered}
-    return tuple(map(_kind_first, value)) if isinstance(value, (tuple, list)) else value
+    return "\n".join(_mapping(spec.model_dump(mode="python"), "")) + "\n"
 
 
 def _flow(value: Any) -> str:

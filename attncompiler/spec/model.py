@@ -35,18 +35,20 @@ class SpecModel(StrictModel, allow_inf_nan=False):
 class Embedding(SpecModel):
     """What is added to, and done with, the token embeddings before the first layer."""
 
-    positions: Literal["none", "learned"] = Field("none", description="learned: a table of absolute positions")
-    token_types: int = Field(0, ge=0, description="size of the token type table; 0: none")
-    norm: bool = Field(False, description="normalise the embeddings")
-    multiplier: float = Field(1.0, gt=0, description="the embeddings are multiplied by it")
+    positions: Literal["none", "learned"] = Field(default="none", description="learned: a table of absolute positions")
+    token_types: int = Field(default=0, ge=0, description="size of the token type table; 0: none")
+    norm: bool = Field(default=False, description="normalise the embeddings")
+    multiplier: float = Field(default=1.0, gt=0, description="the embeddings are multiplied by it")
 
 
 class Norm(SpecModel):
     """The norms of layers and of the last hidden states."""
 
     kind: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    eps: float = Field(1e-5, gt=0)
-    position: Literal["pre", "post", "sandwich"] = Field("pre", description="before the mixer and MLP, after, or both")
+    eps: float = Field(default=1e-5, gt=0)
+    position: Literal["pre", "post", "sandwich"] = Field(
+        default="pre", description="before the mixer and MLP, after, or both"
+    )
 
 
 class Mlp(SpecModel):
@@ -71,7 +73,7 @@ class MlpChanges(SpecModel):
     """What a layer changes of `model.mlp`; what it does not name stays."""
 
     kind: Literal["gated", "plain", "none"] | None = None
-    intermediate_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1)
     hidden_act: Activation | None = None
     bias: bool | None = None
 
@@ -81,8 +83,10 @@ class LmHead(SpecModel):
 
     kind: Literal["lm"] = "lm"
     bias: bool = False
-    tie_word_embeddings: bool = Field(False, description="the head's weight is the embedding's")
-    final_logit_softcapping: float | None = Field(None, gt=0, description="logits become cap · tanh(logits / cap)")
+    tie_word_embeddings: bool = Field(default=False, description="the head's weight is the embedding's")
+    final_logit_softcapping: float | None = Field(
+        default=None, gt=0, description="logits become cap · tanh(logits / cap)"
+    )
 
 
 class ClassifierHead(SpecModel):
@@ -90,7 +94,7 @@ class ClassifierHead(SpecModel):
 
     kind: Literal["classifier"]
     num_labels: int = Field(ge=1)
-    pooling: Literal["first", "last", "mean"] = Field("last", description="over the real tokens of a sequence")
+    pooling: Literal["first", "last", "mean"] = Field(default="last", description="over the real tokens of a sequence")
 
 
 class NoHead(SpecModel):
@@ -102,16 +106,22 @@ class NoHead(SpecModel):
 class Model(SpecModel):
     """What all layers share."""
 
-    input: Literal["tokens", "embeds"] = Field("tokens", description="embeds: hidden states are fed, no vocabulary")
-    vocab_size: int | None = Field(None, ge=1)
+    input: Literal["tokens", "embeds"] = Field(
+        default="tokens", description="embeds: hidden states are fed, no vocabulary"
+    )
+    vocab_size: int | None = Field(default=None, ge=1)
     hidden_size: int = Field(ge=1)
-    max_position_embeddings: int = Field(2048, ge=1, description="the longest sequence the model is meant for")
+    max_position_embeddings: int = Field(default=2048, ge=1, description="the longest sequence the model is meant for")
     embedding: Embedding = Embedding()
     norm: Norm = Norm()
-    block: Literal["sequential", "parallel"] = Field("sequential", description="MLP after the mixer, or beside it")
+    block: Literal["sequential", "parallel"] = Field(
+        default="sequential", description="MLP after the mixer, or beside it"
+    )
     mlp: AnyMlp
     head: Annotated[LmHead | ClassifierHead | NoHead, Field(discriminator="kind")] = LmHead()
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of the parameters")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        default="float32", description="of the parameters"
+    )
 
 
 # --- layers -----------------------------------------------------------------------------------------------------
@@ -121,16 +131,16 @@ class Layer(SpecModel):
     """One layer, or `repeat` equal ones."""
 
     policy: str = Field(description="a name from policies")
-    mlp: MlpChanges | None = Field(None, description="merged over model.mlp")
-    share: str | None = Field(None, description="layers of equal name share their weights")
-    repeat: int = Field(1, ge=1)
+    mlp: MlpChanges | None = Field(default=None, description="merged over model.mlp")
+    share: str | None = Field(default=None, description="layers of equal name share their weights")
+    repeat: int = Field(default=1, ge=1)
 
 
 class Group(SpecModel):
     """Layers in order, the whole `repeat` times."""
 
     layers: tuple[AnyLayer, ...]
-    repeat: int = Field(1, ge=1)
+    repeat: int = Field(default=1, ge=1)
 
 
 def _layer_or_group(value: Any) -> str:
@@ -148,7 +158,7 @@ Group.model_rebuild()
 class Fallback(SpecModel):
     """Which kernels may serve, in which order, and what a failure at run time does."""
 
-    order: dict[str, Literal["auto"] | Names] = Field({}, description="per mechanism: auto, or kernel names")
+    order: dict[str, Literal["auto"] | Names] = Field(default={}, description="per mechanism: auto, or kernel names")
     on_failure: Literal["next", "raise"] = "next"
 
 
@@ -157,12 +167,12 @@ class ModelSpec(SpecModel):
 
     spec_version: Literal[1] = 1
     name: str = Field(description="of the artifact and its folder")
-    seed: int = Field(0, ge=0, lt=2**63, description="of the initial weights")
-    deterministic: bool = Field(False, description="use only kernels that repeat bit for bit")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of the initial weights")
+    deterministic: bool = Field(default=False, description="use only kernels that repeat bit for bit")
     model: Model
     policies: dict[str, AnyPolicy] = Field(description="named mixer configurations")
     layers: tuple[AnyLayer, ...] = Field(description="from first to last")
-    targets: tuple[str | Target, ...] = Field(("cpu",), description="built-in names, or facts; all are planned")
+    targets: tuple[str | Target, ...] = Field(default=("cpu",), description="built-in names, or facts; all are planned")
     fallback: Fallback = Fallback()
 
     @cached_property

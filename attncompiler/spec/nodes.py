@@ -59,8 +59,7 @@ def locate(root: Node, path: Sequence[str | int], *, key: bool = False) -> Locat
         below = child(node, step)
         if below is None:
             return place
-        at_key = isinstance(node.value, dict) and isinstance(step, str)
-        place = node.value[step].key if at_key else below.location  # type: ignore[index]
+        place = node.value[step].key if isinstance(node.value, dict) and isinstance(step, str) else below.location
         node = below
     return place if key else node.location
 

@@ -12,7 +12,7 @@ ALIASES = ("rope_theta", "rope_scaling")
 
 
 def normalise(root: Node) -> tuple[Node, list[Diagnostic]]:
-    """The document with HF's `rope_theta` and `rope_scaling` moved into `rope_parameters` of each policy that has it."""
+    """The document with `rope_theta` and `rope_scaling` moved into `rope_parameters`, in policies that have rotary."""
     policies = child(root, "policies")
     if policies is None or not isinstance(policies.value, dict):
         return root, []

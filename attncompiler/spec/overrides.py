@@ -15,7 +15,7 @@ STEP = re.compile(r"(?:^|\.)([^.\[\]]+)|\[([0-9]{1,9})\]")
 def apply(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Diagnostic]]:
     """The document with each `PATH=VALUE` applied in order; VALUE is a YAML scalar or flow collection.
 
-    Sections that are not there are made. A path through a scalar, or an index past the end of a list, is a fault (E015).
+    Sections that are not there are made. A path through a scalar, or an index past a list's end, is a fault (E015).
     """
     faults: list[Diagnostic] = []
     for text in overrides:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -215,11 +215,7 @@ def _pattern(path: Path, pattern: object, mechanism: Mechanism) -> Iterator[Foun
     if field is None:
         yield Fault(path, f"{mechanism.name} has no pattern to change", "E105"), True
         return
-    grammar = (
-        Annotated[field.annotation, Field(discriminator=field.discriminator)]
-        if field.discriminator
-        else field.annotation
-    )
+    grammar: Any = Annotated[field.annotation, Field(discriminator=field.discriminator)]
     try:
         TypeAdapter(grammar).validate_python(pattern, strict=True)
     except ValidationError as error:

@@ -15,7 +15,7 @@ from attncompiler.spec.parts import salvage, whole
 
 
 def validate(root: Node, earlier: Iterable[Diagnostic] = ()) -> ModelSpec:
-    """The spec of a document. Raises SpecError with `earlier` faults, the grammar's and the relations', in file order."""
+    """The spec of a document. Raises SpecError with `earlier` faults and all that is found, in file order."""
     diagnostics = list(earlier)
     data = plain(root)
     if not isinstance(data, dict):

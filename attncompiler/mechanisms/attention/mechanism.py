@@ -87,9 +87,10 @@ def relations(policy: AttentionPolicy, model: Any) -> Iterator[Fault]:
     if policy.num_key_value_heads is not None and heads % policy.num_key_value_heads:
         message = f"num_attention_heads {heads} is not divisible by num_key_value_heads {policy.num_key_value_heads}"
         yield Fault(("num_key_value_heads",), message)
-    for option in ROPE_NEEDS.get(rope.rope_type, ()) if rope is not None else ():
+    rope_type = rope.rope_type if rope is not None else "default"
+    for option in ROPE_NEEDS.get(rope_type, ()):
         if getattr(rope, option) is None:
-            yield Fault(("rope_parameters",), f"rope_type {rope.rope_type!r} needs {option!r}", code="E105")
+            yield Fault(("rope_parameters",), f"rope_type {rope_type!r} needs {option!r}", code="E105")
     if policy.head_dim is None and model.hidden_size % heads:
         message = f"hidden_size {model.hidden_size} is not divisible by num_attention_heads {heads}"
         yield Fault(("num_attention_heads",), message, remedy="give head_dim, or change one of the two")
