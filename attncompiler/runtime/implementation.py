@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,15 @@ class Implementation:
     backward: Backward | None
 
 
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd inside an operator. torch runs a custom operator with the autograd keys excluded, where enable_grad
+    alone records nothing and says nothing."""
+    guard, key = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
+    with guard(key.AutogradFunctionality, False), guard(key.ADInplaceOrView, False), torch.enable_grad():
+        yield
+
+
 def differentiate(forward: Forward, differentiable: tuple[str, ...]) -> Backward:
     """A backward made by running `forward` again under autograd: the oracle's gradient, and `eager`'s."""
 
@@ -35,18 +45,18 @@ def differentiate(forward: Forward, differentiable: tuple[str, ...]) -> Backward
             name: tensor.detach().requires_grad_() if name in differentiable else tensor
             for name, tensor in inputs.items()
         }
-        with torch.enable_grad():
-            again = forward(leaves, options)
         wanted = [name for name in differentiable if name in inputs]
-        pairs = [(again[name], grad) for name, grad in grads.items() if again[name].requires_grad]
-        if not pairs:
-            return {name: torch.zeros_like(inputs[name]) for name in wanted}
-        found = torch.autograd.grad(
-            [output for output, _ in pairs],
-            [leaves[name] for name in wanted],
-            [grad for _, grad in pairs],
-            allow_unused=True,
-        )
+        with recording():
+            again = forward(leaves, options)
+            pairs = [(again[name], grad) for name, grad in grads.items() if again[name].requires_grad]
+            if not pairs:
+                return {name: torch.zeros_like(inputs[name]) for name in wanted}
+            found = torch.autograd.grad(
+                [output for output, _ in pairs],
+                [leaves[name] for name in wanted],
+                [grad for _, grad in pairs],
+                allow_unused=True,
+            )
         return {
             name: torch.zeros_like(inputs[name]) if grad is None else grad
             for name, grad in zip(wanted, found, strict=True)

@@ -1,0 +1,107 @@
+"""The error budget: how far a kernel's results may be from the truth. One for all, derived, not tuned.
+
+A kernel is measured by what the reference itself loses in the same dtype. With `low` the reference run in the
+kernel's dtype (its accumulators fp32), `eps` the dtype's, and `s` the largest rms over the call's outputs and
+gradients times max(1, input scale), a tensor is within the budget when
+
+    max|err| ≤ 3·max|low err| + 16·eps·s   and   rms(err) ≤ 2·rms(low err) + 4·eps·s
+
+where `err` and `low err` are the distances to the reference run in fp64 on the same rounded inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Results = Mapping[str, Tensor]
+"""The outputs of a call by name, and its gradients as "grad <input>"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Oracle:
+    """The truth about one call, and what the reference in the kernel's dtype loses of it."""
+
+    exact: Results
+    """fp64, on the CPU"""
+    low_error: Results
+    """fp64, not negative; not finite where the dtype cannot hold the value at all"""
+    eps: float
+    scale: float
+    """s"""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One tensor's errors and what they may be. A value that is not finite where it should be is an infinite error."""
+
+    name: str
+    max_error: float
+    max_budget: float
+    rms_error: float
+    rms_budget: float
+
+    @property
+    def ok(self) -> bool:
+        return self.max_error <= self.max_budget and self.rms_error <= self.rms_budget
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: max {self.max_error:.2e} of {self.max_budget:.2e}, "
+            f"rms {self.rms_error:.2e} of {self.rms_budget:.2e}{'' if self.ok else ' ← over the budget'}"
+        )
+
+
+def oracle(exact: Results, low_error: Results, inputs: Results, dtype: torch.dtype) -> Oracle:
+    """The oracle of a call of `dtype` with these exact results, low errors and inputs.
+
+    The input scale is the largest rms of a floating input. Raises ValueError when an exact result is NaN: such a call
+    cannot judge anything.
+    """
+    for name, tensor in exact.items():
+        if tensor.isnan().any():
+            raise ValueError(f"the reference gives NaN in {name}")
+    largest = max((rms(tensor) for tensor in exact.values()), default=0.0)
+    input_scale = max((rms(tensor) for tensor in inputs.values() if tensor.is_floating_point()), default=0.0)
+    return Oracle(exact, low_error, torch.finfo(dtype).eps, largest * max(1.0, input_scale))
+
+
+def judge(got: Results, oracle: Oracle) -> tuple[Verdict, ...]:
+    """A verdict for every tensor of `got`. Raises ValueError when a tensor is missing, unknown or of a wrong shape."""
+    if got.keys() != oracle.exact.keys():
+        raise ValueError(f"results {sorted(got)} where {sorted(oracle.exact)} are expected")
+    return tuple(_judge(name, tensor.detach().double().cpu(), oracle) for name, tensor in got.items())
+
+
+def _judge(name: str, got: Tensor, oracle: Oracle) -> Verdict:
+    exact, low_error = oracle.exact[name], oracle.low_error[name]
+    if got.shape != exact.shape:
+        raise ValueError(f"{name} has shape {tuple(got.shape)} where {tuple(exact.shape)} is expected")
+    # what the dtype overflows on is nobody's fault, and an infinite truth (the lse of a row that sees nothing) is met
+    # exactly or not at all
+    counted = low_error.isfinite() & (got != exact)
+    error = torch.where(counted, (got - exact).abs(), 0.0).nan_to_num(nan=torch.inf)
+    allowed = torch.where(low_error.isfinite(), low_error, 0.0)
+    floor = oracle.eps * oracle.scale
+    return Verdict(
+        name,
+        max_error=_largest(error),
+        max_budget=3 * _largest(allowed) + 16 * floor,
+        rms_error=rms(error) if error.isfinite().all() else math.inf,
+        rms_budget=2 * rms(allowed) + 4 * floor,
+    )
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.max()) if tensor.numel() else 0.0
+
+
+def rms(tensor: Tensor) -> float:
+    """The root mean square of a tensor's finite values, 0 when there are none."""
+    finite = tensor.detach().double()
+    finite = finite[finite.isfinite()]
+    return float(finite.square().mean().sqrt()) if finite.numel() else 0.0
