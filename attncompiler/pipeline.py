@@ -52,8 +52,8 @@ def plan(source: Source, target: str | Target | None = None) -> dict[str, Plan]:
     Raises PlanError (E201 to E203) naming every layer that cannot be served, and why.
     """
     spec = read(source)
-    chosen = spec.resolved_targets if target is None else (_target(target),)
-    return {each.name: plan_for(spec, each) for each in chosen}
+    chosen = spec.targets if target is None else (target,)
+    return {each.name: plan_for(spec, each) for each in map(_target, chosen)}
 
 
 def explain(
@@ -136,7 +136,7 @@ def _plan_here(spec: ModelSpec, device: str, target: str | Target | None) -> Pla
     if target is not None:
         return plan_for(spec, _target(target))
     kind = None if device == "meta" else device.partition(":")[0]
-    return plan_for(spec, detect_target(kind), detect_environment())
+    return plan_for(spec, detect_target(kind), detect_environment()).require()
 
 
 __all__ = ["build", "check", "explain", "load", "plan", "read", "save"]

@@ -13,7 +13,7 @@ from attncompiler.emit.verify import verify
 from attncompiler.plan import Plan, PlannedLayer
 from attncompiler.runtime.context import MixerContext
 from attncompiler.runtime.site import Site
-from attncompiler.spec.model import ModelSpec, ResolvedLayer
+from attncompiler.spec import ModelSpec, ResolvedLayer
 
 
 def emit(

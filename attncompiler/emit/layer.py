@@ -10,7 +10,7 @@ from attncompiler.blocks.mlp import GatedMLP, PlainMLP
 from attncompiler.blocks.norm import make_norm
 from attncompiler.mechanisms.base import discover, load_entry
 from attncompiler.runtime.context import MixerContext
-from attncompiler.spec.model import ModelSpec, ResolvedLayer
+from attncompiler.spec import ModelSpec, ResolvedLayer
 
 
 class Layer(nn.Module):

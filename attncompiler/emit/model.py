@@ -46,7 +46,7 @@ class Model(nn.Module):
             self.lm_loss = LMLoss(self.head.final_logit_softcapping)
         elif self.head.kind == "classifier":
             self.pool = Pool(self.head.pooling)
-            self.score = nn.Linear(width, self.head.num_labels, bias=self.head.bias)
+            self.score = nn.Linear(width, self.head.num_labels, bias=False)
             self.classifier_loss = ClassifierLoss()
 
     def embed(self, inputs: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:

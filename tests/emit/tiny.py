@@ -34,6 +34,7 @@ FORMS = {
     "untied": "head: {kind: lm, tie_word_embeddings: false, bias: true, final_logit_softcapping: 20.0}",
 }
 MLP = "mlp: {kind: gated, intermediate_size: 48}"
+HEAD = "head: {kind: lm, tie_word_embeddings: true}"
 
 
 def text(*policies: str, extra: str = "", layers: int = 2, model: str = "") -> str:
@@ -48,7 +49,8 @@ def text(*policies: str, extra: str = "", layers: int = 2, model: str = "") -> s
         "  hidden_size: 32",
         "  max_position_embeddings: 64",
     ]
-    lines += [f"  {line}" for line in ([] if "mlp:" in model else [MLP]) + ([model] if model else [])]
+    lines += [f"  {line}" for line in (MLP, HEAD) if line.partition(":")[0] not in model]
+    lines += [f"  {model}"] if model else []
     lines += ["policies:", *(f"  {name}: {policy}" for name, policy in zip(names, policies, strict=True))]
     lines += ["layers:", *(f"  - {{repeat: {layers}, layers: [{{policy: {name}}}]}}" for name in names)]
     lines += ["targets: [cpu]", extra]
