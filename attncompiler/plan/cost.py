@@ -13,7 +13,7 @@ from attncompiler.mechanisms.base import Cost, MixerSize
 from attncompiler.plan.model import Plan
 from attncompiler.plan.planner import ITEMSIZE, mixer_cost, mixer_size
 from attncompiler.spec.expand import ResolvedLayer
-from attncompiler.spec.model import ModelSpec
+from attncompiler.spec.model import Mlp, ModelSpec
 from attncompiler.targets.target import Target
 
 FP32 = 4
@@ -30,6 +30,8 @@ class Part:
     parameters: int
     mixer: Cost | None = None
     """of a layer: what its mixer costs, which is within `cost`"""
+    after: Cost = Cost()
+    """of a layer: what runs after its mixer, which is within `cost`"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,9 @@ def _parts(spec: ModelSpec, plan: Plan, size: MixerSize) -> Iterator[Part]:
     for layer, planned in zip(spec.resolved_layers, plan.layers, strict=True):
         kernel = planned.chain[0] if planned.chain else ""
         mixer = mixer_cost(layer.policy, replace(size, kernel=kernel))
-        part = _part(f"layers.{layer.index}", mixer + _around(spec, layer, size), dtype, mixer)
+        before, after = _around(spec, layer, size)
+        part = _part(f"layers.{layer.index}", before + mixer + after, dtype)
+        part = replace(part, mixer=mixer, after=after)
         if layer.share is not None and layer.share in shared:
             part = replace(part, parameters=0, parameter_bytes=0)
         shared |= {layer.share} if layer.share is not None else set()
@@ -134,10 +138,10 @@ def _parts(spec: ModelSpec, plan: Plan, size: MixerSize) -> Iterator[Part]:
     yield part
 
 
-def _part(name: str, cost: Cost, dtype: str, mixer: Cost | None = None) -> Part:
+def _part(name: str, cost: Cost, dtype: str) -> Part:
     wide = max(FP32, ITEMSIZE[dtype])
     stored = (cost.parameters - cost.fp32_parameters) * ITEMSIZE[dtype] + cost.fp32_parameters * wide
-    return Part(name, cost, stored, cost.parameters, mixer)
+    return Part(name, cost, stored, cost.parameters)
 
 
 def _embedding(spec: ModelSpec, size: MixerSize) -> Cost:
@@ -154,24 +158,24 @@ def _embedding(spec: ModelSpec, size: MixerSize) -> Cost:
     return total
 
 
-def _around(spec: ModelSpec, layer: ResolvedLayer, size: MixerSize) -> Cost:
-    """A layer without its mixer: norms, residual sums and the MLP."""
+def _around(spec: ModelSpec, layer: ResolvedLayer, size: MixerSize) -> tuple[Cost, Cost]:
+    """A layer without its mixer: one norm that runs before it, and norms, residual sums and the MLP after it."""
     model, n, M = spec.model, size.tokens, size.hidden_size
     has_mlp = layer.mlp.kind != "none"
     one = blocks.norm(model.norm.kind, n, M, size.itemsize, size.device_type)
-    norms = 2 if has_mlp and model.block == "sequential" else 1
+    norms = 1 if has_mlp and model.block == "sequential" else 0
     if model.norm.position == "sandwich":
         norms += 2 if has_mlp else 1
-    total = sum((one for _ in range(norms)), Cost())
-    if has_mlp:
+    after = sum((one for _ in range(norms)), Cost())
+    if isinstance(layer.mlp, Mlp):
         mlp = layer.mlp
         fed = blocks.mlp(mlp.kind, n, M, mlp.intermediate_size, mlp.hidden_act, mlp.bias, size.itemsize)
         if model.block == "parallel":
             # its input is the mixer's, which is counted there
             fed = replace(fed, saved_bytes=fed.saved_bytes - n * M * size.itemsize)
-        total += fed
-    sums = 2 if has_mlp else 1
-    return total + Cost(forward_bytes=3 * sums * n * M * size.itemsize, backward_bytes=2 * sums * n * M * size.itemsize)
+        after += fed
+    moved = (2 if has_mlp else 1) * n * M * size.itemsize
+    return one, after + Cost(forward_bytes=3 * moved, backward_bytes=2 * moved)
 
 
 def _head(spec: ModelSpec, size: MixerSize) -> Cost:
@@ -201,8 +205,12 @@ def _memory(parts: Sequence[Part], boundary: int, target: Target, *, checkpointe
     gradients, kept = 0, activations
     for part, part_saved in zip(reversed(parts), reversed(saved), strict=True):
         again = part.cost.saved_bytes if checkpointed and part.mixer is not None else 0
-        working = boundary + part.cost.workspace_bytes + part.parameter_bytes
-        peak = max(peak, resting + gradients + kept + again + working)
+        live = resting + gradients + kept + again + boundary + part.parameter_bytes
+        if part.mixer is None:
+            peak = max(peak, live + part.cost.workspace_bytes)
+        else:
+            peak = max(peak, live + part.after.workspace_bytes)
+            peak = max(peak, live + part.mixer.workspace_bytes - part.after.saved_bytes)
         gradients += part.parameter_bytes
         kept -= part_saved
     # the update holds the square roots of the second moments: of all parameters at once where they are updated together
