@@ -9,7 +9,7 @@ Shapes: g = H / K query heads read one key head; a block of t queries is (B, K, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from attncompiler.runtime.implementation import Implementation, Tensors
 
 QUERIES = 128
 KEYS = 512
+TILE = 2**22
+"""Scores that are held at once, when one sequence does not already need more: larger batches go in parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +99,31 @@ def _columns(pattern: object, first: int, last: int, S: int, runs: Runs | None) 
 
 
 def _blocks(inputs: Tensors, pattern: object, kv_positions: Tensor) -> Iterator[Block]:
-    B, T, S = inputs["q"].shape[0], inputs["q"].shape[1], inputs["k"].shape[1]
+    """Every query of every sequence once, with ranges from indices; from values too where those alone bound them."""
+    T, S = inputs["q"].shape[1], inputs["k"].shape[1]
     segments, padding = "segment_ids" in inputs, "attention_mask" in inputs
     aligned = "q_positions" not in inputs and (T <= S or not (segments or padding))
     if aligned and "kv_segment_ids" in inputs:
         aligned = torch.equal(inputs["segment_ids"], inputs["kv_segment_ids"][:, S - T :])
-    starts = range(0, T, QUERIES)
     if not aligned:
-        for start in starts:
-            yield Block(slice(0, B), slice(start, min(start + QUERIES, T)), (slice(0, S),))
+        for batch in _parts(inputs):
+            yield from (Block(batch, rows, (slice(0, S),)) for rows in _spans(0, T, QUERIES))
         return
-    by_row = segments or (padding and _global_tokens(pattern) > 0)
-    sequences = (
-        [(slice(b, b + 1), runs) for b, runs in enumerate(_runs(inputs, kv_positions))]
-        if by_row
-        else [(slice(0, B), None)]
-    )
-    for batch, runs in sequences:
-        for start in starts:
-            stop = min(start + QUERIES, T)
-            yield Block(batch, slice(start, stop), _columns(pattern, start + S - T, stop - 1 + S - T, S, runs))
+    parts: Iterable[tuple[slice, Runs | None]] = ((batch, None) for batch in _parts(inputs))
+    if segments or (padding and _global_tokens(pattern) > 0):
+        parts = ((slice(b, b + 1), runs) for b, runs in enumerate(_runs(inputs, kv_positions)))
+    for batch, runs in parts:
+        for rows in _spans(0, T, QUERIES):
+            yield Block(batch, rows, _columns(pattern, rows.start + S - T, rows.stop - 1 + S - T, S, runs))
+
+
+def _parts(inputs: Tensors) -> Iterator[slice]:
+    B, T, H, _ = inputs["q"].shape
+    return _spans(0, B, max(1, TILE // (H * min(T, QUERIES) * min(inputs["k"].shape[1], KEYS))))
+
+
+def _spans(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(at, min(at + size, stop)) for at in range(start, stop, size))
 
 
 # --- one tile -----------------------------------------------------------------------------------------------------
@@ -185,8 +192,7 @@ class View:
 
 def _tiles(columns: Sequence[slice]) -> Iterator[slice]:
     for part in columns:
-        for start in range(part.start, part.stop, KEYS):
-            yield slice(start, min(start + KEYS, part.stop))
+        yield from _spans(part.start, part.stop, KEYS)
 
 
 def _grouped(tensor: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:

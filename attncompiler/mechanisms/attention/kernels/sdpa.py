@@ -1,4 +1,4 @@
-"""torch's own flash attention for CPUs, which gives the lse that its public door, F.scaled_dot_product_attention, hides.
+"""torch's own flash attention for CPUs, below F.scaled_dot_product_attention, which hides the lse.
 
 It reads (B, T, H, D) through transposed views and serves grouped heads without repetition. Its causal flag is aligned
 to the top left, so it stands for ours only where T = S. Any other visibility is an additive mask of T × S.
