@@ -1,0 +1,124 @@
+"""Timing in turns, and the memory of a process that does one thing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of one side, in seconds, in the order they were taken."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def fastest(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def slowest(self) -> float:
+        return max(self.seconds)
+
+    def scaled(self, factor: float) -> Samples:
+        """The same samples in another unit: per token, or in milliseconds."""
+        return Samples(tuple(second * factor for second in self.seconds))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sides whose samples were taken in turns: sample i of one stands beside sample i of the other."""
+
+    ours: Samples
+    peer: Samples
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is: the peer's median over ours. Above 1 ours is faster."""
+        return self.peer.median / self.ours.median
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The smallest and largest ratio of a single turn."""
+        ratios = [peer / ours for ours, peer in zip(self.ours.seconds, self.peer.seconds, strict=True)]
+        return min(ratios), max(ratios)
+
+
+def interleave(sides: Mapping[str, Work], repeats: int, warmup: int = 1) -> dict[str, Samples]:
+    """Time every side `repeats` times, in turns, after `warmup` untimed turns.
+
+    Every other turn runs backwards, so that what drifts (heat, other processes) favours no side. Work on a CUDA device
+    is waited for. Raises ValueError when nothing is to be timed.
+    """
+    if repeats < 1 or not sides:
+        raise ValueError("there must be a side to time, at least once")
+    for _ in range(warmup):
+        for work in sides.values():
+            work()
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeats):
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            taken[name].append(_time(sides[name]))
+    return {name: Samples(tuple(seconds)) for name, seconds in taken.items()}
+
+
+def compare(ours: Work, peer: Work, repeats: int, warmup: int = 1) -> Comparison:
+    """Time two sides in turns."""
+    samples = interleave({"ours": ours, "peer": peer}, repeats, warmup)
+    return Comparison(samples["ours"], samples["peer"])
+
+
+def peak_bytes(prepare: Callable[..., Work], *arguments: object) -> int:
+    """How far the memory of a fresh process rises while it runs what `prepare(*arguments)` returned.
+
+    `prepare` must be a function of a module; the new process has the threads of this one. What `prepare` allocates is
+    not counted, unless the work needs less than was once used in preparing it.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(_rise, torch.get_num_threads(), prepare, *arguments).result()
+
+
+def resident_peak() -> int:
+    """The most bytes that this process has had in main memory so far."""
+    return maxrss_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def maxrss_bytes(ru_maxrss: int) -> int:
+    """`ru_maxrss` in bytes: macOS counts bytes, others KiB."""
+    return ru_maxrss if sys.platform == "darwin" else ru_maxrss * 1024
+
+
+def _time(work: Work) -> float:
+    _wait()
+    start = time.perf_counter()
+    work()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _rise(threads: int, prepare: Callable[..., Work], *arguments: object) -> int:
+    torch.set_num_threads(threads)
+    work = prepare(*arguments)
+    before = resident_peak()
+    work()
+    return resident_peak() - before

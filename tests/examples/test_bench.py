@@ -1,0 +1,144 @@
+"""The benchmarks: their statistics, and each script at a tiny size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from attncompiler.bench import measure, report, scaling, startup, train_step, window
+from attncompiler.errors import UsageError
+
+times = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=9)
+
+
+@given(times, st.floats(0.1, 10))
+def test_a_side_that_is_always_slower_by_a_factor_has_that_ratio(seconds: list[float], factor: float) -> None:
+    ours = measure.Samples(tuple(seconds))
+    comparison = measure.Comparison(ours, ours.scaled(factor))
+    assert comparison.ratio == pytest.approx(factor)
+    assert comparison.spread == pytest.approx((factor, factor))
+    assert ours.fastest <= ours.median <= ours.slowest
+
+
+def test_one_slow_turn_moves_the_spread_and_not_the_ratio() -> None:
+    comparison = measure.Comparison(measure.Samples((1.0, 1.0, 50.0)), measure.Samples((2.0, 2.0, 2.0)))
+    assert comparison.ratio == 2.0
+    assert comparison.spread == (0.04, 2.0)
+
+
+def test_sides_take_turns_and_every_other_turn_runs_backwards() -> None:
+    calls: list[str] = []
+    samples = measure.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=2)
+    assert calls == [*"ab", *"ab", *"ab", *"ba", *"ab"]
+    assert [len(side.seconds) for side in samples.values()] == [3, 3]
+    with pytest.raises(ValueError, match="at least once"):
+        measure.interleave({}, 1)
+
+
+def test_what_takes_longer_is_measured_as_longer() -> None:
+    comparison = measure.compare(lambda: time.sleep(0.002), lambda: time.sleep(0.02), repeats=3)
+    assert comparison.ratio > 2
+
+
+def allocate(mebibytes: int) -> measure.Work:
+    """Work that writes so much memory."""
+    return lambda: torch.ones(mebibytes * 2**20, dtype=torch.uint8).sum()
+
+
+def test_peak_memory_is_that_of_the_work() -> None:
+    assert 200 * 2**20 <= measure.peak_bytes(allocate, 200) < 260 * 2**20
+
+
+def invoke(main: object, *arguments: str) -> dict[str, object]:
+    app = typer.Typer()
+    app.command()(main)  # type: ignore[type-var]
+    result = CliRunner().invoke(app, [*arguments, "--format", "json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def test_window_at_a_tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "peak_bytes", lambda prepare, *arguments: 2**20)
+    shown = invoke(window.main, "--seq-len", "64", "--window", "16", "--repeats", "2")
+    (row,) = shown["rows"]
+    assert row["times faster"] == row["peer, ms"]["median"] / row["attncompiler, ms"]["median"]
+    assert row["peer, MiB"] == 1.0
+
+
+def test_both_sides_of_window_compute_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    made = window._inputs
+    kept: list[torch.Tensor] = []
+
+    def inputs(seq_len: int) -> tuple[torch.Tensor, ...]:
+        tensors = made(seq_len)
+        kept.append(tensors[0])
+        return tensors
+
+    monkeypatch.setattr(window, "_inputs", inputs)
+    monkeypatch.setattr(window, "_clear", lambda q, *rest: seen.append(q.grad))
+    window.ours(100, 16)()
+    window.peer(100, 16)()
+    torch.testing.assert_close(seen[0], seen[1].transpose(1, 2))
+
+
+@pytest.mark.parametrize("mixer", sorted(scaling.MIXERS))
+def test_scaling_at_a_tiny_size(mixer: str) -> None:
+    shown = invoke(scaling.main, "--mixers", mixer, "--lengths", "32", "--lengths", "64", "--repeats", "1")
+    (row,) = shown["rows"]
+    medians = [row["T 32"]["median"], row["T 64"]["median"]]
+    assert row["largest / smallest"] == max(medians) / min(medians)
+
+
+@pytest.mark.parametrize("name", sorted(train_step.MIXERS))
+def test_a_training_step_and_its_peer_have_equal_parameters(name: str) -> None:
+    pytest.importorskip("transformers", reason="needs the extra `hf`")
+    shown = invoke(train_step.main, "--models", name, "--batch-size", "1", "--seq-len", "8", "--repeats", "1")
+    (row,) = shown["rows"]
+    assert isinstance(row["parameters"], int), f"ours and the peer's differ: {row['parameters']}"
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_step.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"E602.*\n?.*attncompiler\[hf\]"):
+        train_step.import_transformers()
+
+
+def test_a_command_is_timed_and_its_failure_is_told() -> None:
+    seconds, peak = startup.run([sys.executable, "-c", "import time; time.sleep(0.2)"])
+    assert 0.2 < seconds < 10
+    assert 2**20 < peak < 2**30
+    with pytest.raises(RuntimeError, match="no such thing"):
+        startup.run([sys.executable, "-c", "raise SystemExit('no such thing')"])
+
+
+@pytest.mark.slow
+def test_startup_of_a_small_spec(tmp_path: Path) -> None:
+    spec = str(Path(__file__).parents[2] / "specs" / "llama_tiny.yaml")
+    shown = invoke(startup.main, "--large", spec, "--small", spec, "--repeats", "1")
+    assert [row["command"].split()[0] for row in shown["rows"]] == ["build", "check", "check"]
+
+
+def test_text_and_json_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"case": "x", "time": measure.Samples((1.0, 3.0, 2.0)), "pair": (1, 2)}
+    report.show("title", [row], report.Format.text)
+    assert "2 (1 to 3)" in capsys.readouterr().out
+    report.show("title", [row], report.Format.json)
+    (plain,) = json.loads(capsys.readouterr().out)["rows"]
+    assert plain["time"]["median"] == 2.0
+    assert plain["pair"] == [1, 2]
+
+
+def test_benchmarks_import_without_their_peers() -> None:
+    code = "import sys, attncompiler.bench.train_step; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
