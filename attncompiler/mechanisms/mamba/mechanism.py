@@ -1,0 +1,114 @@
+"""Mamba's spec fields and kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from attncompiler.mechanisms.base import ANY, Fault, Kernel, Mechanism, Needs, Policy, Value
+
+
+class MambaPolicy(Policy):
+    """A Mamba (S6) mixer; field names and defaults are those of HF's MambaConfig.
+
+    `dt_bc_norm` normalises the time step, B and C before the scan, as Jamba does (Lieber et al. 2024,
+    https://arxiv.org/abs/2403.19887); `rescale_prenorm_residual`, on as in mamba-ssm, divides the first weights of the
+    output projection by √layers.
+    """
+
+    kind: Literal["mamba"]
+    state_size: int = Field(default=16, ge=1)
+    conv_kernel: int = Field(default=4, ge=1)
+    expand: int = Field(default=2, ge=1)
+    time_step_rank: Literal["auto"] | int = "auto"
+    use_conv_bias: bool = True
+    use_bias: bool = False
+    hidden_act: Literal["silu"] = "silu"
+    dt_bc_norm: bool = False
+    time_step_min: float = Field(default=0.001, gt=0)
+    time_step_max: float = Field(default=0.1, gt=0)
+    time_step_floor: float = Field(default=1e-4, gt=0)
+    time_step_scale: float = Field(default=1.0, gt=0)
+    time_step_init_scheme: Literal["random", "constant"] = "random"
+    rescale_prenorm_residual: bool = True
+
+    def channels(self, hidden_size: int) -> int:
+        """E: the channels of the scan."""
+        return self.expand * hidden_size
+
+    def rank(self, hidden_size: int) -> int:
+        """R: the width that the time steps are projected through."""
+        return math.ceil(hidden_size / 16) if self.time_step_rank == "auto" else self.time_step_rank
+
+
+def features(policy: MambaPolicy) -> Mapping[str, Value]:
+    """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
+    return {"gate": True}
+
+
+def unbuilt(policy: MambaPolicy) -> tuple[str, ...]:
+    """Options of the grammar that the layer does not build in this version: none."""
+    return ()
+
+
+def relations(policy: MambaPolicy, model: Any) -> Iterator[Fault]:
+    """A time step's range that is empty, and a rank that is none."""
+    if policy.time_step_rank != "auto" and policy.time_step_rank < 1:
+        yield Fault(("time_step_rank",), f"time_step_rank {policy.time_step_rank} is not a positive number", "E014")
+    if policy.time_step_min > policy.time_step_max:
+        message = f"time_step_min {policy.time_step_min:g} is above time_step_max {policy.time_step_max:g}"
+        yield Fault(("time_step_min",), message, "E105")
+
+
+GPU = ("triton", "mamba_ssm", "chunkwise", "eager", "host")
+CPU = ("chunkwise", "eager")
+
+
+def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
+    """Best first."""
+    return CPU if device_type == "cpu" else GPU
+
+
+OFFERED = {
+    "gate": ANY,
+    "groups": ANY,
+    "segments": ANY,
+    "padding": ANY,
+    "initial_state": ANY,
+    "deterministic": ANY,
+}
+
+KERNELS = (
+    Kernel(
+        name="chunkwise",
+        entry="attncompiler.mechanisms.mamba.kernels.chunkwise:KERNEL",
+        needs=Needs(features=OFFERED),
+        summary="plain torch over chunks of the sequence, discretised one at a time: memory linear in the length",
+    ),
+    Kernel(
+        name="eager",
+        entry="attncompiler.mechanisms.mamba.reference:EAGER",
+        needs=Needs(features=OFFERED),
+        summary="the reference itself: the recurrence token by token, every state kept for the backward",
+    ),
+)
+
+MECHANISM = Mechanism(
+    name="mamba",
+    policy=MambaPolicy,
+    kernels=KERNELS,
+    names=GPU,
+    order=order,
+    causal=lambda policy: True,
+    features=features,
+    unbuilt=unbuilt,
+    cost="attncompiler.mechanisms.mamba.cost:cost",
+    layer="attncompiler.mechanisms.mamba.layer:MambaMixer",
+    operator="attncompiler.mechanisms.mamba.op:OPERATOR",
+    reference="attncompiler.mechanisms.mamba.reference:selective_scan",
+    cases="attncompiler.mechanisms.mamba.cases:CASES",
+    relations=relations,
+)

@@ -1,0 +1,147 @@
+"""Mamba-2's spec fields and kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from attncompiler.mechanisms.base import ANY, Fault, Kernel, Mechanism, Needs, Policy, Value
+
+Limits = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class Mamba2Policy(Policy):
+    """A Mamba-2 (SSD) mixer; field names are those of HF's Mamba2Config, defaults too where they fit any size.
+
+    `num_heads` follows from the sizes and may be left out; `n_groups` is 1, as in mamba-ssm. `time_step_limit` is the
+    range that time steps are clamped to; absent, [0, ∞]. `rms_norm: false` leaves out the gated norm before the output
+    projection, and `norm_before_gate` puts the gate behind it, as in mamba-ssm. `rescale_prenorm_residual`, on as in
+    mamba-ssm, divides the first weights of the output projection by √layers.
+    """
+
+    kind: Literal["mamba2"]
+    num_heads: int | None = Field(default=None, ge=1)
+    head_dim: int = Field(default=64, ge=1)
+    state_size: int = Field(default=128, ge=1)
+    expand: int = Field(default=2, ge=1)
+    n_groups: int = Field(default=1, ge=1)
+    conv_kernel: int = Field(default=4, ge=1)
+    chunk_size: int = Field(default=256, ge=1)
+    use_conv_bias: bool = True
+    use_bias: bool = False
+    hidden_act: Literal["silu"] = "silu"
+    rms_norm: bool = True
+    norm_before_gate: bool = False
+    time_step_min: float = Field(default=0.001, gt=0)
+    time_step_max: float = Field(default=0.1, gt=0)
+    time_step_floor: float = Field(default=1e-4, gt=0)
+    time_step_limit: Limits | None = None
+    rescale_prenorm_residual: bool = True
+
+    def channels(self, hidden_size: int) -> int:
+        """E = H·P: the channels of all heads."""
+        return self.expand * hidden_size
+
+    def heads(self, hidden_size: int) -> int:
+        """H: the number of heads."""
+        return self.channels(hidden_size) // self.head_dim
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The range of the time steps."""
+        return self.time_step_limit or (0.0, math.inf)
+
+
+def features(policy: Mamba2Policy) -> Mapping[str, Value]:
+    """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
+    return {
+        "gate": not policy.rms_norm,
+        "groups": policy.n_groups if policy.n_groups > 1 else None,
+        "dt_limit": policy.limits != (0.0, math.inf),
+    }
+
+
+def unbuilt(policy: Mamba2Policy) -> tuple[str, ...]:
+    """Options of the grammar that the layer does not build in this version: none."""
+    return ()
+
+
+def relations(policy: Mamba2Policy, model: Any) -> Iterator[Fault]:
+    """Numbers of channels, heads and groups that do not fit together, and ranges that are empty."""
+    channels = policy.channels(model.hidden_size)
+    product = f"expand {policy.expand} × hidden_size {model.hidden_size} = {channels}"
+    if channels % policy.head_dim:
+        yield Fault(("head_dim",), f"{product} is not divisible by head_dim {policy.head_dim}")
+    else:
+        heads = channels // policy.head_dim
+        if policy.num_heads is not None and policy.num_heads != heads:
+            message = f"{product} makes {heads} heads of head_dim {policy.head_dim}, not num_heads {policy.num_heads}"
+            yield Fault(("num_heads",), message, remedy="leave num_heads out, or change one of the sizes")
+        if heads % policy.n_groups:
+            message = f"{product} makes {heads} heads, which is not divisible by n_groups {policy.n_groups}"
+            yield Fault(("n_groups",), message)
+    if policy.time_step_min > policy.time_step_max:
+        message = f"time_step_min {policy.time_step_min:g} is above time_step_max {policy.time_step_max:g}"
+        yield Fault(("time_step_min",), message, "E105")
+    low, high = policy.limits
+    if not 0 <= low < high:
+        message = f"time_step_limit [{low:g}, {high:g}] is not a range of positive numbers"
+        yield Fault(("time_step_limit",), message, "E105")
+    if policy.norm_before_gate and not policy.rms_norm:
+        yield Fault(("norm_before_gate",), "norm_before_gate needs the norm: rms_norm is false", "E105")
+
+
+GPU = ("triton", "mamba_ssm", "chunkwise", "eager", "host")
+CPU = ("chunkwise", "eager")
+
+
+def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
+    """Best first."""
+    return CPU if device_type == "cpu" else GPU
+
+
+OFFERED = {
+    "gate": ANY,
+    "groups": ANY,
+    "dt_limit": ANY,
+    "skip_per_channel": ANY,
+    "segments": ANY,
+    "padding": ANY,
+    "initial_state": ANY,
+    "deterministic": ANY,
+}
+
+KERNELS = (
+    Kernel(
+        name="chunkwise",
+        entry="attncompiler.mechanisms.mamba2.kernels.chunkwise:KERNEL",
+        needs=Needs(features=OFFERED),
+        summary="plain torch: matrix products inside chunks, a running state between them; memory linear in the length",
+    ),
+    Kernel(
+        name="eager",
+        entry="attncompiler.mechanisms.mamba2.reference:EAGER",
+        needs=Needs(features=OFFERED),
+        summary="the reference itself: the recurrence token by token, every state kept for the backward",
+    ),
+)
+
+MECHANISM = Mechanism(
+    name="mamba2",
+    policy=Mamba2Policy,
+    kernels=KERNELS,
+    names=GPU,
+    order=order,
+    causal=lambda policy: True,
+    features=features,
+    unbuilt=unbuilt,
+    cost="attncompiler.mechanisms.mamba2.cost:cost",
+    layer="attncompiler.mechanisms.mamba2.layer:Mamba2Mixer",
+    operator="attncompiler.mechanisms.mamba2.op:OPERATOR",
+    reference="attncompiler.mechanisms.mamba2.reference:ssd",
+    cases="attncompiler.mechanisms.mamba2.cases:CASES",
+    relations=relations,
+)
