@@ -1,0 +1,77 @@
+"""Hypothesis strategies for linear attention's calls, and its benchmark shapes."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+from attncompiler.mechanisms.linear_attention.op import OPERATOR, LinearAttentionOptions
+
+OPTIONS = st.builds(
+    lambda map_and_normalize, causal, eps, scale: LinearAttentionOptions(
+        feature_map=map_and_normalize[0], normalize=map_and_normalize[1], causal=causal, eps=eps, scale=scale
+    ),
+    st.sampled_from([("elu", True), ("elu", True), ("elu", False), ("relu", True), ("relu", False), ("identity", False)]),
+    st.booleans(),
+    st.sampled_from([1e-6, 1e-2]),
+    st.sampled_from([1.0, 0.3]),
+)
+
+
+@st.composite
+def plain(draw: st.DrawFn, min_length: int = 1) -> Case:
+    """No segments, no padding, no initial state."""
+    return _make(draw, draw(st.integers(min_length, 70)))
+
+
+@st.composite
+def extras(draw: st.DrawFn) -> Case:
+    """Packed segments, padding on either side, an initial state."""
+    T = draw(st.integers(1, 150))
+    case = _make(draw, T)
+    B, _, H, D = case.tensors["q"].shape
+    V = case.tensors["v"].shape[-1]
+    added: dict[str, Tensor] = {}
+    index = torch.arange(T)
+    if draw(st.booleans()):
+        cuts = torch.tensor([draw(st.integers(0, T)) for _ in range(2)])
+        added["segment_ids"] = (index[:, None] >= cuts).sum(1).expand(B, T).contiguous()
+    if draw(st.booleans()):
+        counts = [draw(st.integers(0, T)) for _ in range(B)]
+        left = draw(st.booleans())
+        added["attention_mask"] = torch.stack([(index >= n) if left else (index < T - n) for n in counts])
+    if draw(st.booleans()):
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+        kind = draw(st.sampled_from(VALUE_KINDS))
+        added["initial_s"] = values(kind, (B, H, D, V), generator)
+        # a sum of features that are not negative, as every state that this operator gave is under a normaliser
+        added["initial_z"] = values(kind, (B, H, D), generator).abs()
+        added["initial_m"] = values("normal", (B, H), generator)
+    return case.given(**added)
+
+
+def _make(draw: st.DrawFn, T: int) -> Case:
+    B, H = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    D = draw(st.sampled_from([4, 8, 20]))
+    V = draw(st.sampled_from([D, D, 12]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    kinds = [draw(st.sampled_from(VALUE_KINDS)) for _ in range(3)]
+    tensors = {
+        name: values(kind, (B, T, H, width), generator)
+        for name, kind, width in zip(("q", "k", "v"), kinds, (D, D, V), strict=True)
+    }
+    options = draw(OPTIONS)
+    return Case(OPERATOR, tensors, options, causal=options.causal)
+
+
+CASES = Cases(
+    draw=plain,
+    extras=extras,
+    bench=(
+        {"B": 1, "T": 4096, "H": 8, "D": 64, "causal": True},
+        {"B": 4, "T": 512, "H": 8, "D": 32, "causal": True},
+        {"B": 4, "T": 512, "H": 8, "D": 32, "causal": False},
+    ),
+)

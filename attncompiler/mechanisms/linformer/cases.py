@@ -1,0 +1,63 @@
+"""Hypothesis strategies for Linformer's calls, and its benchmark shapes."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+from attncompiler.mechanisms.linformer.op import OPERATOR, LinformerOptions
+
+COLUMNS = 160
+"""of every projection: more than any drawn sequence is long, so that laws may lengthen one"""
+
+
+@st.composite
+def plain(draw: st.DrawFn, min_length: int = 1) -> Case:
+    """T = S, no padding."""
+    T = draw(st.integers(min_length, 70))
+    return _make(draw, T, T)
+
+
+@st.composite
+def extras(draw: st.DrawFn) -> Case:
+    """Lengths that differ, and padding on either side."""
+    S = draw(st.integers(1, 70))
+    T = draw(st.integers(1, S))
+    case = _make(draw, T, S)
+    if not draw(st.booleans()):
+        return case
+    index = torch.arange(S)
+    left = draw(st.booleans())
+    counts = [draw(st.integers(0, S)) for _ in range(case.tensors["q"].shape[0])]
+    return case.given(attention_mask=torch.stack([(index >= n) if left else (index < S - n) for n in counts]))
+
+
+def _make(draw: st.DrawFn, T: int, S: int) -> Case:
+    B, H, D = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([8, 16, 20]))
+    V = draw(st.sampled_from([D, D, 12]))
+    R = draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    kinds = [draw(st.sampled_from(VALUE_KINDS)) for _ in range(3)]
+    shared = draw(st.sampled_from(["none", "heads", "kv"]))
+    shape = (H, R, COLUMNS) if shared == "none" else (R, COLUMNS)
+    # as the layer draws them: entries of variance 1/R (theorem 2 of the paper)
+    key_projection = values("normal", shape, generator) * R**-0.5
+    tensors = {
+        "q": values(kinds[0], (B, T, H, D), generator),
+        "k": values(kinds[1], (B, S, H, D), generator),
+        "v": values(kinds[2], (B, S, H, V), generator),
+        "key_projection": key_projection,
+        "value_projection": key_projection.clone() if shared == "kv" else values("normal", shape, generator) * R**-0.5,
+    }
+    return Case(OPERATOR, tensors, LinformerOptions(), causal=False)
+
+
+CASES = Cases(
+    draw=plain,
+    extras=extras,
+    bench=(
+        {"B": 1, "T": 4096, "H": 8, "D": 64, "R": 256},
+        {"B": 4, "T": 512, "H": 8, "D": 32, "R": 64},
+    ),
+)

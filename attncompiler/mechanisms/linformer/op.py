@@ -1,0 +1,124 @@
+"""Linformer's operator, and the function that users call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from attncompiler.errors import InputError, fail
+from attncompiler.mechanisms.base import Value
+from attncompiler.mechanisms.linformer.cost import operator_flops
+from attncompiler.runtime.implementation import Tensors
+from attncompiler.runtime.inputs import autocast, boolean_mask, check_device, check_shapes, kernel_names, no_site
+from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
+
+INPUTS = ("q", "k", "v", "key_projection", "value_projection", "attention_mask")
+
+
+class LinformerOptions(OperatorOptions):
+    """What a call of the operator asks, beside its tensors.
+
+    Beside `out` the operator gives `lse` (B, H, T), the natural logarithm of the softmax's denominator, which its
+    backward needs.
+    """
+
+
+def _fake(inputs: Tensors, options: LinformerOptions) -> dict[str, Tensor]:
+    q, v = inputs["q"], inputs["v"]
+    B, T, H, _ = q.shape
+    return {
+        "out": q.new_empty(B, T, H, v.shape[-1]),
+        "lse": q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32)),
+    }
+
+
+def _features(inputs: Tensors, options: LinformerOptions) -> Mapping[str, Value]:
+    D, V = inputs["q"].shape[-1], inputs["v"].shape[-1]
+    return {"padding": "attention_mask" in inputs, "value_width": V if V != D else None}
+
+
+OPERATOR = define(
+    Operator(
+        name="linformer",
+        inputs=INPUTS,
+        differentiable=("q", "k", "v", "key_projection", "value_projection"),
+        outputs=("out", "lse"),
+        differentiable_outputs=("out",),
+        sequence={**dict.fromkeys(("q", "k", "v", "attention_mask", "out"), 1), "lse": 2},
+        low_precision=("q", "k", "v", "key_projection", "value_projection"),
+        options=LinformerOptions,
+        fake=_fake,
+        features=_features,
+        flops=operator_flops,
+    )
+)
+
+
+def linformer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_projection: Tensor,
+    value_projection: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    kernel: str | Sequence[str] = "auto",
+) -> Tensor:
+    """Attention over a sequence projected to R tokens (Wang et al. 2020, https://arxiv.org/abs/2006.04768, equation 7).
+
+    q (B, T, H, D), k (B, S, H, D), v (B, S, H, V), projections (R, P) or one per head (H, R, P), all of one dtype
+    → out (B, T, H, V) = softmax(D^-1/2 · q (E k)ᵀ) F v. P is at least S; token s uses column s, and columns from S
+    on are not read: one projection serves every shorter sequence.
+
+    `attention_mask` (B, S) is non-zero for real tokens. Padding counts as zeros before projecting, and columns count
+    from the first real token, so that padding on either side changes nothing; query t reads mask[S − T + t], and
+    gives 0 where it is padding. `kernel` is "auto", a name, or the list of the only kernels allowed.
+
+    Raises InputError (E401 shapes, E402 dtypes, E403 arguments, E404 devices) and KernelError (E501) when no allowed
+    kernel offers what is asked.
+    """
+    options = LinformerOptions(kernel=kernel_names("linformer", kernel))
+    tensors = check(q, k, v, key_projection, value_projection, attention_mask)
+    return OPERATOR(tensors, options_text(options), no_site())["out"]
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_projection: Tensor,
+    value_projection: Tensor,
+    attention_mask: Tensor | None = None,
+) -> dict[str, Tensor | None]:
+    """The operator's inputs by name, after one check of shapes, dtypes and devices at the door."""
+    q, k, v, key_projection, value_projection = autocast(q, k, v, key_projection, value_projection)
+    floating = {"q": q, "k": k, "v": v, "key_projection": key_projection, "value_projection": value_projection}
+    tensors: dict[str, Tensor | None] = {**floating, "attention_mask": boolean_mask(attention_mask)}
+    sizes = check_shapes(
+        tensors,
+        {
+            "q": "BTHD",
+            "k": "BSHD",
+            "v": "BSHV",
+            "key_projection": "HRP" if key_projection.dim() == 3 else "RP",
+            "value_projection": "HRP" if value_projection.dim() == 3 else "RP",
+            "attention_mask": "BS",
+        },
+    )
+    check_device(tensors)
+    dtypes = {tensor.dtype for tensor in floating.values()}
+    if len(dtypes) > 1 or not q.dtype.is_floating_point:
+        listed = ", ".join(f"{name} {tensor.dtype}" for name, tensor in floating.items())
+        raise fail(InputError, "E402", f"all tensors must be of one floating dtype: {listed}")
+    if sizes["S"] > sizes["P"]:
+        raise fail(
+            InputError,
+            "E401",
+            f"the projections have {sizes['P']} columns, and the sequence {sizes['S']} tokens",
+            remedy="raise max_position_embeddings, which the projections are made for",
+        )
+    if attention_mask is not None and sizes["T"] > sizes["S"]:
+        raise fail(InputError, "E401", f"attention_mask covers {sizes['S']} keys, and there are {sizes['T']} queries")
+    return tensors
