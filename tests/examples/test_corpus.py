@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from load import load_example
+from scripts import load_example
 
 corpus = load_example("corpus")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from load import load_example
+from scripts import load_example
 from typer.testing import CliRunner
 
 import attncompiler
@@ -147,7 +148,7 @@ def test_the_learning_rate_warms_up_and_falls(train_lm: ModuleType) -> None:
     settings = train_lm.Settings(100, None, 8, 512, 1.0, 10, 0.1, 1.0, 32, 0)
     rates = [settings.lr_at(step, settings.done(step, 0.0)) for step in range(101)]
     assert rates[0] < rates[5] < rates[9]
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[9:]))
     assert rates[100] == pytest.approx(0.05)
 
 
