@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,19 +29,43 @@ class Rotary(nn.Module):
             position_ids = torch.arange(q.shape[1], device=q.device)[None]
         exponent = torch.arange(0, self.width, 2, device=q.device, dtype=torch.float32) / self.width
         angles = position_ids[..., None].float() * self.theta**-exponent
-        cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+        cos, sin = angles.cos(), angles.sin()
+        if self.interleaved:
+            cos, sin = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+        else:
+            cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         return self._turn(q, cos, sin), self._turn(k, cos, sin)
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         turned, rest = x[..., : self.width], x[..., self.width :]
-        if self.interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-        else:
-            a, b = turned.chunk(2, -1)
-            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+        turned = _Turn.apply(turned, cos, sin, self.interleaved)
         return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
     def extra_repr(self) -> str:
         return f"{self.width}, theta={self.theta:g}" + (", interleaved" if self.interleaved else "")
+
+
+class _Turn(torch.autograd.Function):
+    """x · cos + swap(x) · sin, where `swap` exchanges the two of each pair and sin has the sign of the turn.
+
+    A turn's gradient is the turn back, so nothing but the angles is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return torch.addcmul(x * cos, _swap(x, interleaved), sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return torch.addcmul(grad * cos, _swap(grad, ctx.interleaved), sin, value=-1), None, None, None
+
+
+def _swap(x: Tensor, interleaved: bool) -> Tensor:
+    if interleaved:
+        return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    first, second = x.chunk(2, -1)
+    return torch.cat([second, first], -1)

@@ -1,0 +1,91 @@
+"""Norms, rotary and positions against their formulas in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attncompiler.blocks.norm import rms_norm
+from attncompiler.blocks.positions import segment_positions
+from attncompiler.blocks.rotary import Rotary
+from attncompiler.mechanisms.base import RopeParameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3])
+def test_rms_norm_is_its_formula(dtype: torch.dtype, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, 5, 24, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    weight = torch.randn(24, generator=generator)
+    cotangent = torch.randn(2, 5, 24, generator=generator).to(dtype)
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    rms_norm(*leaves, 1e-5).backward(cotangent)
+    exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = exact[0] / (exact[0].square().mean(-1, keepdim=True) + 1e-5).sqrt() * exact[1]
+    expected.backward(cotangent.double())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(rms_norm(*leaves, 1e-5).double(), expected, rtol=4 * eps, atol=4 * eps)
+    for leaf, true in zip(leaves, exact, strict=True):
+        bound = 8 * eps * true.grad.abs().max().item()
+        torch.testing.assert_close(leaf.grad.double(), true.grad, rtol=0, atol=bound)
+
+
+def test_rms_norm_passes_gradcheck() -> None:
+    x = torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, 1e-6), (x, weight))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("partial", [1.0, 0.5])
+def test_rotary_turns_pairs_by_their_angle(interleaved: bool, partial: float) -> None:
+    D, theta = 8, 100.0
+    rotary = Rotary(D, RopeParameters(rope_theta=theta, partial_rotary_factor=partial, interleaved=interleaved))
+    q, k = torch.randn(1, 6, 2, D, dtype=torch.float64), torch.randn(1, 6, 1, D, dtype=torch.float64)
+    positions = torch.tensor([[0, 1, 2, 7, 8, 30]])
+    turned, _ = rotary(q, k, positions)
+    width = int(D * partial)
+    expected = q.clone()
+    for t, position in enumerate(positions[0].tolist()):
+        for pair in range(width // 2):
+            a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
+            angle = position * theta ** (-2 * pair / width)
+            c, s = math.cos(angle), math.sin(angle)
+            expected[0, t, :, a] = q[0, t, :, a] * c - q[0, t, :, b] * s
+            expected[0, t, :, b] = q[0, t, :, b] * c + q[0, t, :, a] * s
+    torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_gradient_is_the_turn_back(interleaved: bool) -> None:
+    rotary = Rotary(6, RopeParameters(interleaved=interleaved, partial_rotary_factor=0.7))
+    q = torch.randn(1, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(1, 3, 1, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: rotary(a, b), (q, k))
+
+
+def test_scores_after_rotary_depend_on_distance_alone() -> None:
+    rotary = Rotary(16, RopeParameters())
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    scores = []
+    for offset in (0, 5, 1000):
+        turned, _ = rotary(q, k, torch.tensor([[offset + 3]]))
+        _, other = rotary(q, k, torch.tensor([[offset]]))
+        scores.append((turned * other).sum())
+    torch.testing.assert_close(scores[1:], scores[:1] * 2, rtol=1e-3, atol=1e-3)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=4))
+def test_positions_count_from_the_first_real_token_of_a_segment(parts: list[tuple[int, int, int]]) -> None:
+    """Each part is a segment: `left` pads, `real` tokens, `right` pads."""
+    segments, mask, expected = [], [], []
+    for number, (real, left, right) in enumerate(parts):
+        segments += [number] * (left + real + right)
+        mask += [False] * left + [True] * real + [False] * right
+        expected += [None] * left + list(range(real)) + [None] * right
+    found = segment_positions(torch.tensor([mask]), torch.tensor([segments]), len(mask))[0].tolist()
+    assert [f for f, e in zip(found, expected, strict=True) if e is not None] == [e for e in expected if e is not None]
