@@ -13,7 +13,9 @@ OPTIONS = st.builds(
     lambda map_and_normalize, causal, eps, scale: LinearAttentionOptions(
         feature_map=map_and_normalize[0], normalize=map_and_normalize[1], causal=causal, eps=eps, scale=scale
     ),
-    st.sampled_from([("elu", True), ("elu", True), ("elu", False), ("relu", True), ("relu", False), ("identity", False)]),
+    st.sampled_from(
+        [("elu", True), ("elu", True), ("elu", False), ("relu", True), ("relu", False), ("identity", False)]
+    ),
     st.booleans(),
     st.sampled_from([1e-6, 1e-2]),
     st.sampled_from([1.0, 0.3]),

@@ -197,7 +197,9 @@ def check(
     )
     check_device(tensors)
     if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
-        raise fail(InputError, "E402", f"q, k and v must be of one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+        raise fail(
+            InputError, "E402", f"q, k and v must be of one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     wide = torch.promote_types(q.dtype, torch.float32)
     for name in ("initial_s", "initial_z", "initial_m"):
         tensor = tensors[name]

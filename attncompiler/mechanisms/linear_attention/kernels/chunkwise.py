@@ -55,9 +55,7 @@ def forward(inputs: Tensors, options: LinearAttentionOptions) -> dict[str, Tenso
     }
 
 
-def backward(
-    grads: Tensors, inputs: Tensors, outputs: Tensors, options: LinearAttentionOptions
-) -> dict[str, Tensor]:
+def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: LinearAttentionOptions) -> dict[str, Tensor]:
     """Gradients of q, k, v and, when it is given, of the initial state."""
     tokens = _tokens(inputs, options)
     V = tokens.v.shape[-1]
@@ -295,7 +293,9 @@ def _sums_backward(
 ) -> Gradients:
     if sums_grad is None:
         B, T, H, _ = tokens.q.shape
-        sums_grad = torch.zeros(1, 1, 1, 1, dtype=tokens.wide, device=tokens.q.device).expand(B, T, H, initial.shape[-1])
+        sums_grad = torch.zeros(1, 1, 1, 1, dtype=tokens.wide, device=tokens.q.device).expand(
+            B, T, H, initial.shape[-1]
+        )
     if causal:
         return _causal_backward(tokens, initial, sums_grad, final_grad)
     if tokens.runs is None:

@@ -1,0 +1,87 @@
+"""The linear attention layer: projections, rotary, and one site."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attncompiler.blocks.rotary import Rotary
+from attncompiler.mechanisms.linear_attention.mechanism import LinearAttentionPolicy
+from attncompiler.mechanisms.linear_attention.op import OPERATOR, LinearAttentionOptions, check
+from attncompiler.mechanisms.linear_attention.state import init_state
+from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.site import Site
+
+State = dict[str, Tensor]
+
+
+class LinearAttentionSite(Site):
+    """Runs linear attention over the new tokens, from the state that the ones before them left."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segment_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """q, k (B, T, H, D), v (B, T, H, V) → out (B, T, H, V) and the state after them, when one was given."""
+        initial = None if state is None else (state["s"], state["z"], state["m"])
+        results = OPERATOR(check(q, k, v, initial, segment_ids, attention_mask), self.options, self.handle)
+        if state is None:
+            return results["out"], None
+        return results["out"], {name: results[f"final_{name}"] for name in ("s", "z", "m")}
+
+
+class LinearAttention(nn.Module):
+    """q, k, v projections, optional rotary before the feature map, the site, and the output projection."""
+
+    def __init__(self, policy: LinearAttentionPolicy, context: MixerContext):
+        super().__init__()
+        self.policy, self.context = policy, context
+        M, H = context.hidden_size, policy.num_attention_heads
+        D, V = policy.key_width(M), policy.value_width(M)
+        self.key_width, self.value_width = D, V
+        qkv_bias = policy.attention_bias in ("qkv", "all")
+        self.q_proj = nn.Linear(M, H * D, bias=qkv_bias)
+        self.k_proj = nn.Linear(M, H * D, bias=qkv_bias)
+        self.v_proj = nn.Linear(M, H * V, bias=qkv_bias)
+        self.o_proj = nn.Linear(H * V, M, bias=policy.attention_bias == "all")
+        self.rotary = Rotary(D, policy.rope_parameters) if policy.rope_parameters else None
+        self.site = LinearAttentionSite(
+            "linear_attention",
+            context.chain,
+            LinearAttentionOptions(
+                feature_map=policy.feature_map,
+                causal=policy.causal,
+                normalize=policy.normalize,
+                eps=policy.eps,
+                scale=policy.scale,
+                deterministic=context.deterministic,
+            ),
+            label=context.label,
+            on_failure=context.on_failure,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """hidden (B, T, M), position_ids (B or 1, T), segment_ids and attention_mask (B, T) → (B, T, M), state."""
+        q = self.q_proj(hidden).unflatten(-1, (-1, self.key_width))
+        k = self.k_proj(hidden).unflatten(-1, (-1, self.key_width))
+        v = self.v_proj(hidden).unflatten(-1, (-1, self.value_width))
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, position_ids)
+        out, state = self.site(q, k, v, segment_ids, attention_mask, state)
+        return self.o_proj(out.flatten(-2)), state
+
+    def init_state(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> State:
+        """The state before the first token of B sequences. Raises InputError (E503) for a layer that is not causal."""
+        return init_state(self.policy, self.context, batch, max_length, device, dtype)
