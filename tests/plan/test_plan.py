@@ -1,0 +1,213 @@
+"""Plans: which kernels are chosen, what is refused and how it is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from specs import NAMES, ROOT, example, small
+
+from attncompiler import targets
+from attncompiler.errors import ArtifactError, PlanError
+from attncompiler.mechanisms.base import discover
+from attncompiler.plan import Plan, plan
+from attncompiler.targets.detect import Environment, detect_environment, detect_target
+
+ATTENTION = "{{kind: attention, num_attention_heads: 4{}}}"
+CAUSAL = ATTENTION.format("")
+
+
+def codes(error: pytest.ExceptionInfo[PlanError]) -> list[str]:
+    return [diagnostic.code for diagnostic in error.value.diagnostics]
+
+
+@pytest.mark.parametrize("target", targets.names())
+@pytest.mark.parametrize("name", NAMES)
+def test_every_target_times_every_spec_plans_or_refuses_with_reasons(name: str, target: str) -> None:
+    spec = example(name)
+    try:
+        made = plan(spec, target)
+    except PlanError as error:
+        assert error.diagnostics
+        assert all("refuses: " in diagnostic.message for diagnostic in error.diagnostics)
+        return
+    assert len(made.layers) == len(spec.resolved_layers)
+    for index, (layer, resolved) in enumerate(zip(made.layers, spec.resolved_layers, strict=True)):
+        assert (layer.index, layer.policy, layer.mechanism) == (index, resolved.policy_name, resolved.policy.kind)
+        assert layer.chain
+        assert layer.cost.parameters > 0
+        considered = [*layer.chain, *(refused.kernel for refused in layer.refusals)]
+        assert len(considered) == len(set(considered))
+        assert set(considered) <= set(discover()[layer.mechanism].names)
+        assert all(refused.reasons for refused in layer.refusals)
+    assert Plan.from_json(made.to_json()) == made
+    assert Plan.from_json(made.to_json()).to_json() == made.to_json()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_plans(name: str, request: pytest.FixtureRequest) -> None:
+    spec = example(name)
+    for target in (each if isinstance(each, str) else each.name for each in spec.targets):
+        path = ROOT / "tests" / "golden" / "plans" / f"{name}.{target}.json"
+        text = plan(spec, target).to_json()
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == text, f"pytest --update-golden rewrites {path.name}"
+
+
+def test_auto_follows_the_mechanism_and_fallback_order_replaces_it() -> None:
+    auto = plan(small(CAUSAL), "cpu")
+    assert auto.layers[0].chain == ("sdpa", "chunkwise", "eager")
+    ordered = small(CAUSAL, fallback="{order: {attention: [eager, sdpa]}}")
+    assert plan(ordered, "cpu").layers[0].chain == ("eager", "sdpa")
+    assert plan(small(CAUSAL, fallback="{order: {attention: auto}}"), "cpu") == auto
+
+
+def test_a_window_is_served_in_bands_on_a_cpu() -> None:
+    window = ATTENTION.format(", pattern: {kind: sliding_window, window: 8}")
+    assert plan(small(window), "cpu").layers[0].chain[0] == "chunkwise"
+
+
+@given(st.lists(st.sampled_from(["sdpa", "chunkwise", "eager", "triton", "host", "cudnn"]), min_size=1, unique=True))
+def test_a_list_is_exhaustive_and_keeps_its_order(names: list[str]) -> None:
+    spec = small(ATTENTION.format(f", kernel: [{', '.join(names)}]"))
+    built = [name for name in names if discover()["attention"].kernel(name)]
+    if not built:
+        with pytest.raises(PlanError) as error:
+            plan(spec, "cpu")
+        assert codes(error) == ["E201"]
+        assert all(f"{name} is not built in this version" in str(error.value) for name in names)
+        return
+    layer = plan(spec, "cpu").layers[0]
+    assert list(layer.chain) == built
+    assert [refused.kernel for refused in layer.refusals] == [name for name in names if name not in built]
+    assert layer.demanded is None
+
+
+def test_a_single_name_is_a_demand() -> None:
+    demanded = plan(small(ATTENTION.format(", kernel: eager")), "cpu").layers[0]
+    assert (demanded.demanded, demanded.chain) == ("eager", ("eager",))
+    with pytest.raises(PlanError) as error:
+        plan(small(ATTENTION.format(", kernel: sdpa")), "h200")
+    assert codes(error) == ["E202"]
+    assert "policy 'p0' (attention, layers.0) on h200: the kernel it demands refuses: sdpa: sdpa runs on cpu only" in str(
+        error.value
+    )
+
+
+def test_an_option_that_no_kernel_offers_lists_every_refusal() -> None:
+    strided = ATTENTION.format(", pattern: {kind: strided, stride: 4, window: 4}")
+    with pytest.raises(PlanError) as error:
+        plan(small(strided), "cpu")
+    assert codes(error) == ["E201"]
+    message = str(error.value)
+    for name in ("sdpa", "chunkwise", "eager"):
+        assert f"{name} does not offer pattern = strided (only causal, full, sliding_window)" in message
+
+
+def test_all_faults_of_all_policies_at_once() -> None:
+    spec = small(
+        ATTENTION.format(", kernel: triton"),
+        CAUSAL,
+        ATTENTION.format(", pattern: {kind: chunked, chunk: 4}"),
+        layers="[{policy: p0, repeat: 3}, {policy: p1}, {policy: p2}]",
+    )
+    with pytest.raises(PlanError) as error:
+        plan(spec, "cpu")
+    assert codes(error) == ["E202", "E201"]
+    assert "policy 'p0' (attention, 3 layers, the first layers.0)" in str(error.value)
+    assert "policy 'p2' (attention, layers.4)" in str(error.value)
+
+
+def test_what_the_layer_does_not_build_is_said_before_kernels_are_asked() -> None:
+    spec = small(
+        ATTENTION.format(", rope_parameters: {rope_type: yarn, factor: 4.0, original_max_position_embeddings: 64}"),
+        ATTENTION.format(', routes: [{when: "seq_len > 64", pattern: {kind: full}}]'),
+    )
+    with pytest.raises(PlanError) as error:
+        plan(spec, "cpu")
+    assert codes(error) == ["E203", "E203"]
+    assert "policy 'p0': rope_type 'yarn' is not built yet" in str(error.value)
+    assert "policy 'p1': routes are not built in this version of attncompiler" in str(error.value)
+
+
+def test_a_policy_that_no_layer_uses_is_not_planned() -> None:
+    spec = small(CAUSAL, ATTENTION.format(", kernel: triton"), layers="[{policy: p0}]")
+    assert len(plan(spec, "cpu").layers) == 1
+
+
+def test_a_listed_target_does_not_depend_on_the_machine() -> None:
+    spec = small(CAUSAL)
+    assert not plan(spec, "h200").here
+    assert plan(spec, "h200") == plan(spec, targets.get("h200"))
+
+
+def test_here_a_layer_without_a_kernel_is_recorded_and_required_later() -> None:
+    spec = small(ATTENTION.format(", kernel: triton"))
+    made = plan(spec, detect_target("cpu"), detect_environment())
+    assert made.here
+    assert made.layers[0].chain == ()
+    with pytest.raises(PlanError) as error:
+        made.require()
+    assert codes(error) == ["E202"]
+    served = plan(small(CAUSAL), detect_target("cpu"), detect_environment())
+    assert served.require() is served
+
+
+def test_what_is_not_installed_counts_only_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that needs a package: listed targets plan it, a machine without the package refuses it in words."""
+    from dataclasses import replace
+
+    from attncompiler.plan import planner
+
+    attention = discover()["attention"]
+    first, *rest = attention.kernels
+    needy = replace(first, needs=replace(first.needs, packages={"flash_attn": "pip install flash-attn-4"}))
+    changed = {"attention": replace(attention, kernels=(needy, *rest))}
+    monkeypatch.setattr(planner, "discover", lambda: changed)
+    spec, bare = small(CAUSAL), Environment({}, "3.11", "Linux")
+    assert plan(spec, "cpu").layers[0].chain[0] == first.name
+    layer = plan(spec, "cpu", bare).layers[0]
+    assert first.name not in layer.chain
+    assert [(reason.source, str(reason)) for reason in layer.refusals[0].reasons] == [
+        ("environment", "flash_attn is not installed: pip install flash-attn-4")
+    ]
+    assert plan(spec, "cpu", Environment({"flash_attn": "4.0"}, "3.11", "Linux")).layers[0].chain[0] == first.name
+
+
+def test_deterministic_and_dtype_are_asked_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from attncompiler.plan import planner
+
+    attention = discover()["attention"]
+    first, second, *rest = attention.kernels
+    loose = replace(
+        first,
+        needs=replace(first.needs, features={k: v for k, v in first.needs.features.items() if k != "deterministic"}),
+    )
+    narrow = replace(second, needs=replace(second.needs, dtypes=("bfloat16",)))
+    changed = {"attention": replace(attention, kernels=(loose, narrow, *rest))}
+    monkeypatch.setattr(planner, "discover", lambda: changed)
+    layer = plan(small(CAUSAL, deterministic=True), "cpu").layers[0]
+    reasons = {refused.kernel: str(refused) for refused in layer.refusals}
+    assert reasons[first.name] == f"{first.name}: {first.name} does not offer deterministic"
+    assert reasons[second.name] == f"{second.name}: {second.name} does not take float32"
+
+
+def test_a_damaged_plan_is_a_named_error() -> None:
+    text = plan(small(CAUSAL), "cpu").to_json()
+    data = json.loads(text)
+    for broken, code in [
+        (text[: len(text) // 2], "E302"),
+        ("[]", "E303"),
+        (json.dumps({**data, "format": 99}), "E303"),
+        (json.dumps({**data, "layers": [{}]}), "E302"),
+        (json.dumps({**data, "surprise": 1}), "E302"),
+    ]:
+        with pytest.raises(ArtifactError) as error:
+            Plan.from_json(broken)
+        assert error.value.diagnostics[0].code == code
