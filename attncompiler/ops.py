@@ -1,13 +1,26 @@
-"""The operators as functions, for people who write their own layers.
+"""The operators as functions, for people who write their own layers: one for each mechanism.
 
 Each takes `kernel="auto"`, a kernel's name, or the list of the only kernels allowed; each is differentiable, works
-under torch.compile, and raises an InputError that says which argument does not fit.
+under torch.compile, and raises an InputError that says which argument does not fit. `help(attncompiler.ops.attention)`
+gives shapes and sources; `dir(attncompiler.ops)` lists what there is.
 """
 
-from attncompiler.mechanisms.attention.op import attention
-from attncompiler.mechanisms.linear_attention.op import linear_attention
-from attncompiler.mechanisms.linformer.op import linformer
-from attncompiler.mechanisms.mamba.op import selective_scan
-from attncompiler.mechanisms.mamba2.op import ssd
+from __future__ import annotations
 
-__all__ = ["attention", "linear_attention", "linformer", "selective_scan", "ssd"]
+from typing import Any
+
+from attncompiler.mechanisms.base import discover, load_entry
+
+_ENTRIES = {mechanism.function.partition(":")[2]: mechanism.function for mechanism in discover().values()}
+
+__all__ = sorted(_ENTRIES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ENTRIES:
+        raise AttributeError(f"module 'attncompiler.ops' has no operator {name!r}; there are {', '.join(__all__)}")
+    return load_entry(_ENTRIES[name])
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -248,6 +248,8 @@ class Mechanism:
     """entry of the nn.Module"""
     operator: str
     """entry of the runtime Operator"""
+    function: str
+    """entry of the public function; its name there is its name in `attncompiler.ops`"""
     reference: str
     """entry of the oracle"""
     cases: str

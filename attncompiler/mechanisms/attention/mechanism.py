@@ -157,6 +157,7 @@ MECHANISM = Mechanism(
     cost="attncompiler.mechanisms.attention.cost:cost",
     layer="attncompiler.mechanisms.attention.layer:Attention",
     operator="attncompiler.mechanisms.attention.op:OPERATOR",
+    function="attncompiler.mechanisms.attention.op:attention",
     reference="attncompiler.mechanisms.attention.reference:attention",
     cases="attncompiler.mechanisms.attention.cases:CASES",
     relations=relations,

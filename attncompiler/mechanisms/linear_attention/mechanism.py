@@ -142,6 +142,7 @@ MECHANISM = Mechanism(
     cost="attncompiler.mechanisms.linear_attention.cost:cost",
     layer="attncompiler.mechanisms.linear_attention.layer:LinearAttention",
     operator="attncompiler.mechanisms.linear_attention.op:OPERATOR",
+    function="attncompiler.mechanisms.linear_attention.op:linear_attention",
     reference="attncompiler.mechanisms.linear_attention.reference:linear_attention",
     cases="attncompiler.mechanisms.linear_attention.cases:CASES",
     relations=relations,

@@ -94,6 +94,7 @@ MECHANISM = Mechanism(
     cost="attncompiler.mechanisms.linformer.cost:cost",
     layer="attncompiler.mechanisms.linformer.layer:Linformer",
     operator="attncompiler.mechanisms.linformer.op:OPERATOR",
+    function="attncompiler.mechanisms.linformer.op:linformer",
     reference="attncompiler.mechanisms.linformer.reference:linformer",
     cases="attncompiler.mechanisms.linformer.cases:CASES",
     relations=relations,

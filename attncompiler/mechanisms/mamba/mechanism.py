@@ -108,6 +108,7 @@ MECHANISM = Mechanism(
     cost="attncompiler.mechanisms.mamba.cost:cost",
     layer="attncompiler.mechanisms.mamba.layer:MambaMixer",
     operator="attncompiler.mechanisms.mamba.op:OPERATOR",
+    function="attncompiler.mechanisms.mamba.op:selective_scan",
     reference="attncompiler.mechanisms.mamba.reference:selective_scan",
     cases="attncompiler.mechanisms.mamba.cases:CASES",
     relations=relations,

@@ -141,6 +141,7 @@ MECHANISM = Mechanism(
     cost="attncompiler.mechanisms.mamba2.cost:cost",
     layer="attncompiler.mechanisms.mamba2.layer:Mamba2Mixer",
     operator="attncompiler.mechanisms.mamba2.op:OPERATOR",
+    function="attncompiler.mechanisms.mamba2.op:ssd",
     reference="attncompiler.mechanisms.mamba2.reference:ssd",
     cases="attncompiler.mechanisms.mamba2.cases:CASES",
     relations=relations,
