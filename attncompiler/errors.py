@@ -56,6 +56,7 @@ CATALOGUE: dict[str, str] = {
     # 6: files and the command line
     "E601": "a folder cannot be written",
     "E602": "a command's arguments do not fit together",
+    "E603": "the operating system refused an operation",
 }
 
 

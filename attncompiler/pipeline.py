@@ -115,7 +115,7 @@ def load(
     planned = _plan_here(stored.spec, device, None)
     if locked and (stored.plan is None or planned.choices() != stored.plan.choices()):
         raise fail(ArtifactError, "E305", f"{path} was planned for other hardware than {planned.target}")
-    model = emit(stored.spec, planned, device=device, dtype=dtype, draw=not stored.has_weights)
+    model = emit(stored.spec, planned, device=device, dtype=dtype or stored.dtype, draw=not stored.has_weights)
     if stored.has_weights and device != "meta":
         stored.load_into(model)
     return model

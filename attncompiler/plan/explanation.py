@@ -56,7 +56,7 @@ def _layers(spec: ModelSpec, plan: Plan, cost: ModelCost) -> Iterator[dict[str, 
         yield {
             "policy": policy,
             "mechanism": planned.mechanism,
-            "indices": _ranges(member[0].index for member in members),
+            "indices": ranges(member[0].index for member in members),
             "count": len(members),
             "mlp": layer.mlp.kind,
             "chain": list(planned.chain),
@@ -79,7 +79,7 @@ def _layers(spec: ModelSpec, plan: Plan, cost: ModelCost) -> Iterator[dict[str, 
         }
 
 
-def _ranges(indices: Iterable[int]) -> str:
+def ranges(indices: Iterable[int]) -> str:
     """Indices as text: "0-2, 4"."""
     runs = []
     for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):

@@ -1,0 +1,65 @@
+"""A folder → what it says, validated as if by a stranger. Nothing in it is executed or imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from attncompiler import spec as specs
+from attncompiler.artifact import layout, plans, weights
+from attncompiler.artifact.manifest import Manifest, damaged, read_manifest, read_text, verify_files
+from attncompiler.artifact.replace import recover
+from attncompiler.errors import ArtifactError, fail
+from attncompiler.plan import Plan
+from attncompiler.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose files are whole and whose spec and plans are valid."""
+
+    path: Path
+    manifest: Manifest
+    spec: ModelSpec
+    plans: Mapping[str, Plan]
+    """of each listed target"""
+    plan: Plan
+    """that the model was emitted for"""
+
+    @property
+    def has_weights(self) -> bool:
+        return self.manifest.weights != "none"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model had when it was saved."""
+        dtype: torch.dtype = getattr(torch, self.manifest.dtype)
+        return dtype
+
+    def load_into(self, model: nn.Module) -> None:
+        """Fill the model's parameters in place, ties once, in its own dtypes. Raises ArtifactError (E302, E306)."""
+        weights.fill(model, [self.path / name for name in self.manifest.weight_files])
+
+
+def read(path: Path) -> Artifact:
+    """The artifact at `path`, put back first if an interrupted save left it aside.
+
+    Raises ArtifactError: E301 not an artifact or a file is missing, E302 damaged, E303 of another version; SpecError
+    when its spec is not valid.
+    """
+    try:
+        path = path.resolve()
+        recover(path)
+        manifest = read_manifest(path)
+        verify_files(path, manifest)
+        spec = specs.parse(read_text(path / layout.SPEC), filename=str(path / layout.SPEC))
+        listed, emitted = plans.read_plans(path / layout.PLAN)
+    except OSError as error:
+        raise fail(ArtifactError, "E301", f"{path} cannot be read: {error.strerror or error}") from error
+    if len(emitted.layers) != len(spec.resolved_layers) or emitted.spec != spec.name:
+        raise damaged(path / layout.PLAN, f"it is for {emitted.spec!r} with {len(emitted.layers)} layers")
+    return Artifact(path, manifest, spec, listed, emitted)

@@ -1,0 +1,35 @@
+"""The command line: one module per verb, each of which asks the pipeline and prints.
+
+What a verb needs beside the terminal is imported when it runs, so that `--help` and `check` answer at once.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from attncompiler.cli import build, check, explain, info, listing, schema
+from attncompiler.cli.failures import Verb
+
+app = typer.Typer(
+    name="attncompiler",
+    help="Sequence models from a YAML file, each layer on the fastest kernel that computes exactly its function.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("build", cls=Verb)(build.build)
+app.command("check", cls=Verb)(check.check)
+app.command("explain", cls=Verb)(explain.explain)
+app.command("list", cls=Verb)(listing.list_)
+app.command("schema", cls=Verb)(schema.schema)
+app.command("info", cls=Verb)(info.info)
+
+
+def main() -> None:
+    """The entry point. Exit codes: 0 fine, 1 the spec or the result is bad, 2 usage."""
+    app()
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,5 @@
+"""`python -m attncompiler.cli`, where the entry point is not on the path."""
+
+from attncompiler.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Reports: what a model is and what runs where, for people."""
