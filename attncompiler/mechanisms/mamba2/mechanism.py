@@ -10,7 +10,8 @@ from pydantic import Field
 
 from attncompiler.mechanisms.base import ANY, Fault, Kernel, Mechanism, Needs, Policy, Value
 
-Limits = Annotated[tuple[float, float], Field(strict=False)]
+Limit = Annotated[float, Field(allow_inf_nan=True)]
+Limits = Annotated[tuple[Limit, Limit], Field(strict=False)]
 
 
 class Mamba2Policy(Policy):
