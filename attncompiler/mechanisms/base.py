@@ -185,8 +185,6 @@ class MixerSize:
     seq_len: int
     itemsize: int
     """bytes of an element of the compute dtype"""
-    device_type: str
-    """on a GPU some blocks run fused, and keep less for the backward"""
     kernel: str
 
     @property
@@ -277,7 +275,7 @@ def discover() -> Mapping[str, Mechanism]:
 # --- spec fields that mechanisms share --------------------------------------------------------------------------
 
 
-class RopeParameters(StrictModel):
+class RopeParameters(StrictModel, allow_inf_nan=False):
     """Rotary position embedding, with the field names of HF's `rope_parameters`."""
 
     rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
@@ -306,7 +304,7 @@ class Route(StrictModel):
     packing: bool | None = None
 
 
-class Policy(StrictModel):
+class Policy(StrictModel, allow_inf_nan=False):
     """Fields every mixer kind has. A mechanism's own policy narrows `kind` to its name and adds its options."""
 
     kind: str

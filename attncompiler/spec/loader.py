@@ -105,7 +105,7 @@ class _Composer:
             raise self._stop("E004", f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event, depth)
-        if event.tag not in (None, "!"):
+        if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             self._note("E014", f"tags are not read: {tag!r}", event.start_mark)
         if event.anchor is not None:

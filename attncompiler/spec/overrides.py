@@ -19,7 +19,7 @@ def apply(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Diagnostic]]
     """
     faults: list[Diagnostic] = []
     for text in overrides:
-        option = f"--set {text}"
+        option = "--set " + "".join(map(_printable, text))
         try:
             path, value = _split(text, option, faults)
             root = _set(root, path, value, option)
@@ -66,6 +66,10 @@ def _set(node: Node, path: Path, value: Node, option: str) -> Node:
             return keyed(node, step, _set(Node({}, place), rest, value, option), place)
         return keyed(node, step, _set(entry.node, rest, value, option), entry.key)
     raise _refuse(f"there is nothing to set under {step!r}: what holds it is not a mapping or a list", option)
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 def _refuse(message: str, option: str) -> SpecError:
