@@ -27,21 +27,18 @@ def linear(tokens: int, inputs: int, outputs: int, bias: bool, itemsize: int) ->
     )
 
 
-def norm(kind: str, tokens: int, width: int, itemsize: int, device_type: str) -> Cost:
+def norm(kind: str, tokens: int, width: int, itemsize: int) -> Cost:
     """An rmsnorm or layernorm over rows of `width`, or an l2 norm without parameters.
 
-    torch composes rms_norm from simple operations on a CPU, where autograd keeps the row and its normalised form, both
-    in fp32 at least; on a GPU one fused kernel keeps the row alone.
+    Autograd keeps the rows and one number a row in fp32 or better, two for a layernorm.
     """
-    row = width * itemsize
-    if kind == "rmsnorm" and device_type == "cpu":
-        row = 2 * width * max(itemsize, FP32)
+    wide = max(itemsize, FP32)
     return Cost(
         parameters={"rmsnorm": width, "layernorm": 2 * width, "l2": 0}[kind],
         forward_bytes=2 * tokens * width * itemsize,
         backward_bytes=3 * tokens * width * itemsize,
-        saved_bytes=tokens * (row + (2 if kind == "layernorm" else 1) * max(itemsize, FP32)),
-        workspace_bytes=2 * tokens * width * itemsize,
+        saved_bytes=tokens * (width * itemsize + (2 if kind == "layernorm" else 1) * wide),
+        workspace_bytes=3 * tokens * width * wide,
     )
 
 

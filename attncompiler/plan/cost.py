@@ -93,7 +93,7 @@ class ModelCost:
 
 def model_cost(spec: ModelSpec, plan: Plan, *, batch: int, seq_len: int) -> ModelCost:
     """The cost of `spec` as `plan` runs it, for `batch` sequences of `seq_len` tokens."""
-    parts = tuple(_parts(spec, plan, mixer_size(spec, plan.target, batch=batch, seq_len=seq_len)))
+    parts = tuple(_parts(spec, plan, mixer_size(spec, batch=batch, seq_len=seq_len)))
     boundary = batch * seq_len * spec.model.hidden_size * ITEMSIZE[spec.model.dtype]
     total = sum((part.cost for part in parts), Cost())
     return ModelCost(
@@ -129,7 +129,7 @@ def _parts(spec: ModelSpec, plan: Plan, size: MixerSize) -> Iterator[Part]:
         shared |= {layer.share} if layer.share is not None else set()
         yield part
     if model.norm.position != "post":
-        yield _part("norm", blocks.norm(model.norm.kind, size.tokens, size.hidden_size, size.itemsize, size.device_type), dtype)
+        yield _part("norm", blocks.norm(model.norm.kind, size.tokens, size.hidden_size, size.itemsize), dtype)
     head = _head(spec, size)
     part = _part("head", head, dtype)
     if model.head.kind == "lm" and model.head.tie_word_embeddings:
@@ -154,7 +154,7 @@ def _embedding(spec: ModelSpec, size: MixerSize) -> Cost:
     if model.embedding.token_types:
         total += blocks.embedding(n, model.embedding.token_types, M, size.itemsize)
     if model.embedding.norm:
-        total += blocks.norm(model.norm.kind, n, M, size.itemsize, size.device_type)
+        total += blocks.norm(model.norm.kind, n, M, size.itemsize)
     return total
 
 
@@ -162,7 +162,7 @@ def _around(spec: ModelSpec, layer: ResolvedLayer, size: MixerSize) -> tuple[Cos
     """A layer without its mixer: one norm that runs before it, and norms, residual sums and the MLP after it."""
     model, n, M = spec.model, size.tokens, size.hidden_size
     has_mlp = layer.mlp.kind != "none"
-    one = blocks.norm(model.norm.kind, n, M, size.itemsize, size.device_type)
+    one = blocks.norm(model.norm.kind, n, M, size.itemsize)
     norms = 1 if has_mlp and model.block == "sequential" else 0
     if model.norm.position == "sandwich":
         norms += 2 if has_mlp else 1

@@ -33,7 +33,7 @@ def plan(spec: ModelSpec, target: Target | str, environment: Environment | None 
     if unbuilt:
         raise PlanError(unbuilt)
     seq_len = min(PLANNED_LENGTH, spec.model.max_position_embeddings)
-    size = mixer_size(spec, target, batch=1, seq_len=seq_len)
+    size = mixer_size(spec, batch=1, seq_len=seq_len)
     chosen = {name: _choose(spec, name, policy, target, environment, size) for name, policy in _used(spec).items()}
     made = Plan(
         format=FORMAT,
@@ -50,15 +50,14 @@ def plan(spec: ModelSpec, target: Target | str, environment: Environment | None 
     return made if environment is not None else made.require()
 
 
-def mixer_size(spec: ModelSpec, target: Target, *, batch: int, seq_len: int, kernel: str = "") -> MixerSize:
-    """The size at which the mixers of `spec` are costed on `target`."""
+def mixer_size(spec: ModelSpec, *, batch: int, seq_len: int, kernel: str = "") -> MixerSize:
+    """The size at which the mixers of `spec` are costed."""
     return MixerSize(
         hidden_size=spec.model.hidden_size,
         max_position_embeddings=spec.model.max_position_embeddings,
         batch=batch,
         seq_len=seq_len,
         itemsize=ITEMSIZE[spec.model.dtype],
-        device_type=target.device_type,
         kernel=kernel,
     )
 
@@ -98,7 +97,7 @@ def _choose(
             refused.append(RefusedKernel(kernel=candidate, reasons=reasons))
         else:
             chain.append(candidate)
-    at = mixer_size(spec, target, batch=size.batch, seq_len=size.seq_len, kernel=chain[0] if chain else "")
+    at = mixer_size(spec, batch=size.batch, seq_len=size.seq_len, kernel=chain[0] if chain else "")
     return PlannedLayer(
         index=0,
         policy=name,

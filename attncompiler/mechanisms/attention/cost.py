@@ -98,12 +98,12 @@ def cost(policy: AttentionPolicy, size: MixerSize) -> Cost:
         total = total + Cost(
             forward_bytes=2 * n * (H + K) * D * itemsize,
             backward_bytes=2 * n * (H + K) * D * itemsize,
-            saved_bytes=size.seq_len * D * itemsize,
+            saved_bytes=2 * size.seq_len * D * itemsize,
         )
     if policy.qk_norm != "none":
         kind = "rmsnorm" if policy.qk_norm == "rms" else "l2"
-        queries = blocks.norm(kind, n * H, D, itemsize, size.device_type)
-        total = total + queries + blocks.norm(kind, n * K, D, itemsize, size.device_type)
+        queries = blocks.norm(kind, n * H, D, itemsize)
+        total = total + queries + blocks.norm(kind, n * K, D, itemsize)
     return total + Cost(state_bytes=n * K * (D + V) * itemsize + n * (1 + 8))
 
 

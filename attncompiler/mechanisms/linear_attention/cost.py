@@ -59,7 +59,7 @@ def cost(policy: LinearAttentionPolicy, size: MixerSize) -> Cost:
     )
     if policy.rope_parameters is not None:
         turned = 2 * n * 2 * H * D * itemsize
-        total = total + Cost(forward_bytes=turned, backward_bytes=turned, saved_bytes=size.seq_len * D * itemsize)
+        total = total + Cost(forward_bytes=turned, backward_bytes=turned, saved_bytes=2 * size.seq_len * D * itemsize)
     return total
 
 
