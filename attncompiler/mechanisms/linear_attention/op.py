@@ -113,9 +113,9 @@ def linear_attention(
     scale · φ(q)·S without `normalize`; S = Σ φ(k)vᵀ and z = Σ φ(k) run over the tokens so far when `causal`, else over
     all of them. φ is elu(x) + 1, max(x, 0) for "relu", or x for "identity" (only without `normalize`).
 
-    `initial_state` is (S (B, H, R, V), z (B, H, R), m (B, H)) and stands for S·exp(m) and z·exp(m); it is differentiable
-    but for m. `return_state` gives the state after the last token, likewise, its m 0 for these feature maps. All in
-    fp32, fp64 for fp64. Not causal, a token sees the initial state and its whole segment.
+    `initial_state` is (S (B, H, R, V), z (B, H, R), m (B, H)) and stands for S·exp(m) and z·exp(m); it is
+    differentiable but for m. `return_state` gives the state after the last token, likewise, its m 0 for these feature
+    maps. All in fp32, fp64 for fp64. Not causal, a token sees the initial state and its whole segment.
 
     `segment_ids` (B, T), equal ids being one contiguous run, keep packed documents apart: the initial state belongs
     to the first, the final state is the last one's. `attention_mask` (B, T) is non-zero for real tokens; padding gives

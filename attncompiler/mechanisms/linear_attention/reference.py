@@ -20,7 +20,7 @@ def features(x: Tensor, feature_map: str) -> Tensor:
 def linear_attention(inputs: Tensors, options: LinearAttentionOptions) -> dict[str, Tensor]:
     """q, k (B, T, H, D), v (B, T, H, V) → out (B, T, H, V) in q's dtype, and the final state in fp32 or fp64."""
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    B, T, H, D = q.shape
+    B, T, H, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     phi_q, phi_k = features(q.to(wide), options.feature_map), features(k.to(wide), options.feature_map)
     values = v.to(wide)

@@ -9,8 +9,8 @@ from torch import Tensor
 def columns(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Which token (B, S) each column reads, and whether (B, S) that is a real one.
 
-    `attention_mask` (B, S) bool. Column j reads token first + j, `first` being the sequence's first real token. Reads no
-    value on the host.
+    `attention_mask` (B, S) bool. Column j reads token first + j, `first` being the sequence's first real token. Reads
+    no value on the host.
     """
     length = attention_mask.shape[1]
     first = attention_mask.int().argmax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The oracle: the projections and all scores, in fp32 or better, rounded where a kernel in the same dtype must round."""
+"""The oracle: projections and all scores in fp32 or better, rounded where a kernel in the same dtype must round."""
 
 from __future__ import annotations
 

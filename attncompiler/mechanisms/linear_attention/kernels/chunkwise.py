@@ -1,9 +1,9 @@
 """Chunks of the sequence and a running state, in plain torch: memory linear in the length, in both directions.
 
 Inside a chunk every pair of tokens is met, as in the reference; what came before a chunk arrives as the state
-(Katharopoulos et al. 2020, §3.3; Hua et al. 2022, https://arxiv.org/abs/2202.10447, §3.2 for the chunks). The normaliser
-is one more column of v, all ones, so that S and z are one state of V + 1 columns. Chunks are handled a span at a time, so
-that what lies between input and output stays small.
+(Katharopoulos et al. 2020, section 3.3; chunks as in Hua et al. 2022, https://arxiv.org/abs/2202.10447, section 3.2).
+The normaliser is one more column of v, all ones, so that S and z are one state of V + 1 columns. Chunks are handled a
+span at a time, so that what lies between input and output stays small.
 
 With packed segments a state is that of one run: it reaches a later chunk only where the run goes on, which the matrix
 `reach` says for every pair of chunk boundaries. The backward goes over the spans in reverse with the same matrix.
@@ -14,7 +14,7 @@ Shapes: n chunks of C tokens in a span; features and values of a span are (B, H,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,12 +31,13 @@ SPAN = 16 * CHUNK
 def forward(inputs: Tensors, options: LinearAttentionOptions) -> dict[str, Tensor]:
     """Every output of the operator; `out` in q's dtype, the rest in fp32 (fp64 for fp64)."""
     tokens = _tokens(inputs, options)
-    B, T, H, D = tokens.q.shape
+    B, T, H, _ = tokens.q.shape
     V = tokens.v.shape[-1]
     out = torch.empty(B, T, H, V, dtype=tokens.q.dtype, device=tokens.q.device)
     normalizer = torch.ones(B, T, H, dtype=tokens.wide, device=tokens.q.device)
-    state = _initial(inputs, tokens)
-    for start, sums, state in _sums(tokens, state, options.causal):
+    state = initial = _initial(inputs, tokens)
+    for start, sums, after in _sums(tokens, initial, options.causal):
+        state = after
         span = slice(start, start + sums.shape[1])
         result = sums[..., :V] * options.scale
         if options.normalize:
@@ -100,8 +101,9 @@ class _Tokens:
 
     def reversed(self) -> _Tokens:
         """The tokens from last to first, none seeing itself: what each had after it."""
-        flip = {name: getattr(self, name) for name in ("q", "k", "v", "real", "runs")}
-        return replace(self, **{name: x if x is None else x.flip(1) for name, x in flip.items()}, strict=True)
+        q, k, v = (x.flip(1) for x in (self.q, self.k, self.v))
+        real, runs = (x if x is None else x.flip(1) for x in (self.real, self.runs))
+        return _Tokens(q, k, v, real, runs, self.feature_map, strict=True)
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def _load(tokens: _Tokens, start: int) -> _Span:
 
 
 def _runs(runs: Tensor, start: int, n: int, C: int) -> tuple[Tensor, Tensor]:
-    """Runs (B, n, C) of a span's tokens, the last repeated, and (B, n + 1) of the boundaries: of the token before each."""
+    """Runs (B, n, C) of a span's tokens, the last repeated, and (B, n + 1) of the token before each boundary."""
     inside = runs[:, start : start + n * C]
     rest = n * C - inside.shape[1]
     inside = torch.cat([inside, inside[:, -1:].expand(-1, rest)], 1).unflatten(1, (n, C))

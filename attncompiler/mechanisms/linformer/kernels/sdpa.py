@@ -21,7 +21,7 @@ def forward(inputs: Tensors, options: LinformerOptions) -> dict[str, Tensor]:
     q, mask = inputs["q"], inputs.get("attention_mask")
     keys = _project(_moved(inputs["k"], mask), inputs["key_projection"])
     values = _project(_moved(inputs["v"], mask), inputs["value_projection"])
-    out, lse = _attend(q.transpose(1, 2), keys, values)
+    out, lse = _attend(_heads_first(q), keys, values)
     out = out.transpose(1, 2).contiguous()
     if mask is not None:
         out.mul_(query_mask(mask, q.shape[1])[..., None, None])
@@ -37,11 +37,11 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Linform
     k, v = _moved(inputs["k"], mask), _moved(inputs["v"], mask)
     keys, values = _project(k, inputs["key_projection"]), _project(v, inputs["value_projection"])
     dq, dkeys, dvalues = _attend_backward(
-        grad.transpose(1, 2),
-        q.transpose(1, 2),
+        _heads_first(grad),
+        _heads_first(q),
         keys,
         values,
-        outputs["out"].transpose(1, 2),
+        _heads_first(outputs["out"]),
         outputs["lse"],
         0.0,
         False,
@@ -58,6 +58,11 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Linform
 
 
 KERNEL = Implementation(forward, backward)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """(B, T, H, D) → (B, H, T, D), a view; torch's kernel reads rows of D as contiguous without a check."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 
 def _wide(x: Tensor) -> Tensor:
