@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attncompiler.mechanisms.attention.mechanism import AttentionPolicy
-from attncompiler.spec import ModelSpec, parse
+from attncompiler.spec import ModelSpec, dump, parse
 from attncompiler.spec.expand import count
 
 from .samples import BASE, changed, errors
@@ -104,6 +104,17 @@ def test_yaml_aliases_are_copies() -> None:
     spec = parse(text, overrides=["policies.again.num_attention_heads=8"])
     assert spec.policies["other"].num_attention_heads == 2  # type: ignore[attr-defined]
     assert spec.policies["again"].num_attention_heads == 8  # type: ignore[attr-defined]
+
+
+def test_a_target_may_be_given_as_facts() -> None:
+    facts = (
+        "{name: mine, title: Mine, device_type: cuda, vendor: nvidia, memory_bytes: 8589934592, bandwidth: 1e12, "
+        "matrix_flops: {bfloat16: 1e14}, vector_flops: 1e13, compute_capability: [8, 6], multiprocessors: 64, "
+        "shared_memory_bytes: 101376}"
+    )
+    spec = parse(changed(("targets: [cpu]", f"targets: [cpu, {facts}]")))
+    assert spec.targets[1].compute_capability == (8, 6)  # type: ignore[union-attr]
+    assert parse(dump(spec)) == spec
 
 
 def test_overrides_set_values_in_order_and_make_sections() -> None:
