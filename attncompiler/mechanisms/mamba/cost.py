@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attncompiler.blocks import cost as blocks
+from attncompiler.mechanisms.base import Cost, MixerSize
+from attncompiler.mechanisms.mamba.mechanism import MambaPolicy
+
+FP32 = 4
+
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:
     """FLOPs forward and backward of one call, as the recurrence counts them; none run in matrix units.
@@ -16,3 +22,40 @@ def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple
     B, T, E = shapes["u"]
     product = 2 * B * T * E * shapes["a"][1]
     return 3 * product, 8 * product
+
+
+def cost(policy: MambaPolicy, size: MixerSize) -> Cost:
+    """Projections, the causal convolution and the scan.
+
+    Autograd keeps the layer's input, the first projection (u and z), the convolution's output before and after its
+    activation, what u is projected to, the time steps, and the scan's outputs.
+    """
+    M, N, W = size.hidden_size, policy.state_size, policy.conv_kernel
+    E, R = policy.channels(M), policy.rank(M)
+    n, itemsize, wide = size.tokens, size.itemsize, max(size.itemsize, FP32)
+    forward, backward = operator_flops({"u": (size.batch, size.seq_len, E), "a": (E, N)}, policy)
+    state = size.batch * E * N * wide
+    rows = n * (4 * E + 2 * N) * itemsize
+    total = (
+        blocks.linear(n, M, 2 * E, policy.use_bias, itemsize)
+        + blocks.convolution(n, E, W, policy.use_conv_bias, itemsize)
+        + blocks.linear(n, E, R + 2 * N, False, itemsize)
+        + blocks.linear(n, R, E, True, itemsize)
+        + blocks.linear(n, E, M, policy.use_bias, itemsize)
+    )
+    if policy.dt_bc_norm:
+        for width in (R, N, N):
+            total = total + blocks.norm("rmsnorm", n, width, itemsize)
+    return total + Cost(
+        parameters=E * N + E,
+        fp32_parameters=E * N + E,
+        forward_flops=forward,
+        backward_flops=backward,
+        forward_vector_flops=forward,
+        backward_vector_flops=backward,
+        forward_bytes=rows + n * E * itemsize + state,
+        backward_bytes=2 * rows + 2 * n * E * itemsize + state,
+        saved_bytes=n * (M + 2 * E + (R + 2 * N) + E + E) * itemsize + state,
+        workspace_bytes=rows + n * E * itemsize,
+        state_bytes=state + size.batch * E * (W - 1) * itemsize,
+    )
