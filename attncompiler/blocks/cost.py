@@ -42,6 +42,16 @@ def norm(kind: str, tokens: int, width: int, itemsize: int) -> Cost:
     )
 
 
+def convolution(tokens: int, channels: int, width: int, bias: bool, itemsize: int) -> Cost:
+    """A causal depthwise convolution with its silu; its input and output are counted by the block that calls it."""
+    return Cost(
+        parameters=channels * width + bias * channels,
+        forward_bytes=2 * tokens * channels * itemsize,
+        backward_bytes=4 * tokens * channels * itemsize,
+        workspace_bytes=2 * tokens * channels * itemsize,
+    )
+
+
 def mlp(kind: str, tokens: int, width: int, inner: int, act: str, bias: bool, itemsize: int) -> Cost:
     """A gated or plain MLP: down(act(gate(x)) · up(x)) or down(act(up(x))).
 
@@ -90,11 +100,11 @@ def lm_head(tokens: int, width: int, vocabulary: int, bias: bool, itemsize: int,
     )
 
 
-def classifier_head(batch: int, tokens: int, width: int, labels: int, pooling: str, bias: bool, itemsize: int) -> Cost:
+def classifier_head(batch: int, tokens: int, width: int, labels: int, pooling: str, itemsize: int) -> Cost:
     """Pooling to one vector per sequence, and a linear layer on it. The mean is a product with the mask."""
     pooled = 2 * tokens * width if pooling == "mean" else 0
     mask = tokens * (itemsize if pooling == "mean" else 1)
-    return linear(batch, width, labels, bias, itemsize) + Cost(
+    return linear(batch, width, labels, False, itemsize) + Cost(
         forward_flops=pooled,
         # the mask has no gradient, so one product is enough
         backward_flops=pooled,

@@ -184,7 +184,7 @@ def _head(spec: ModelSpec, size: MixerSize) -> Cost:
         capped = head.final_logit_softcapping is not None
         return blocks.lm_head(n, M, spec.model.vocab_size, head.bias, size.itemsize, capped)
     if head.kind == "classifier":
-        return blocks.classifier_head(size.batch, n, M, head.num_labels, head.pooling, head.bias, size.itemsize)
+        return blocks.classifier_head(size.batch, n, M, head.num_labels, head.pooling, size.itemsize)
     return Cost()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from attncompiler.errors import ArtifactError, Diagnostic, PlanError, fail
 from attncompiler.mechanisms.base import Cost, Names, Refusal, StrictModel
@@ -25,21 +27,44 @@ class RefusedKernel(StrictModel):
         return f"{self.kernel}: " + "; ".join(map(str, self.reasons))
 
 
-class PlannedLayer(StrictModel):
-    """One layer's chain, best first (the first is used, the rest are its fallback), and what was refused.
+class PlannedPolicy(StrictModel):
+    """The chain that serves a policy's layers, best first (the first is used, the rest are its fallback), and refusals.
 
     An empty chain is found only in a plan for the machine at hand, where a layer can be planned and not be run.
     """
 
-    index: int
     policy: str
     mechanism: str
-    demanded: str | None
+    demanded: str | None = None
     """the kernel that the policy named alone, which must serve"""
     chain: Names
     refusals: Annotated[tuple[RefusedKernel, ...], Field(strict=False)]
     cost: Cost
-    """of the mixer on the first kernel of its chain, for the plan's batch and length"""
+    """of one mixer on the first kernel of the chain, for the plan's batch and length"""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLayer:
+    """One layer: its place in the model and what was chosen for its policy."""
+
+    index: int
+    choice: PlannedPolicy
+
+    @property
+    def policy(self) -> str:
+        return self.choice.policy
+
+    @property
+    def mechanism(self) -> str:
+        return self.choice.mechanism
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        return self.choice.chain
+
+    @property
+    def refusals(self) -> tuple[RefusedKernel, ...]:
+        return self.choice.refusals
 
 
 class Plan(StrictModel):
@@ -54,16 +79,28 @@ class Plan(StrictModel):
     dtype: str
     batch: int
     seq_len: int
-    """the size that the layers' costs are for"""
-    layers: Annotated[tuple[PlannedLayer, ...], Field(strict=False)]
+    """the size that the costs are for"""
+    policies: Annotated[tuple[PlannedPolicy, ...], Field(strict=False)]
+    """those in use, in the order of the layers that use them first"""
+    order: Names
+    """the policy of every layer"""
+
+    @model_validator(mode="after")
+    def _every_layer_has_a_policy(self) -> Self:
+        missing = sorted(set(self.order) ^ {choice.policy for choice in self.policies})
+        if missing:
+            raise ValueError(f"layers and policies differ in {', '.join(missing)}")
+        return self
+
+    @cached_property
+    def layers(self) -> tuple[PlannedLayer, ...]:
+        """Every layer, in order."""
+        by_name = {choice.policy: choice for choice in self.policies}
+        return tuple(PlannedLayer(index, by_name[name]) for index, name in enumerate(self.order))
 
     def unserved(self) -> tuple[Diagnostic, ...]:
         """One diagnostic (E201, E202) per policy whose layers no allowed kernel can serve; empty when all run."""
-        by_policy: dict[str, list[PlannedLayer]] = {}
-        for layer in self.layers:
-            if not layer.chain:
-                by_policy.setdefault(layer.policy, []).append(layer)
-        return tuple(_unserved(policy, layers, self.target) for policy, layers in by_policy.items())
+        return tuple(_unserved(choice, self) for choice in self.policies if not choice.chain)
 
     def require(self) -> Plan:
         """The plan itself, when every layer has a kernel. Raises PlanError (E201, E202) with all that have none."""
@@ -87,35 +124,37 @@ class Plan(StrictModel):
             data: Any = json.loads(text)
         except ValueError as error:
             raise fail(ArtifactError, "E302", f"the plan is not JSON: {error}") from None
-        found = data.get("format") if isinstance(data, dict) else None
-        if found != FORMAT:
+        version = data.get("format") if isinstance(data, dict) else None
+        if version != FORMAT:
             raise fail(
                 ArtifactError,
                 "E303",
-                f"the plan has format {found!r}, and this version reads {FORMAT}",
+                f"the plan has format {version!r}, and this version reads {FORMAT}",
                 remedy="build the spec again",
             )
         try:
-            return cls.model_validate_json(text)
+            found = cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise fail(ArtifactError, "E302", f"the plan is damaged at {place}: {first['msg']}") from None
+        return found
 
 
-def _unserved(policy: str, layers: list[PlannedLayer], target: Target) -> Diagnostic:
-    first = layers[0]
-    count = f"layers.{first.index}" if len(layers) == 1 else f"{len(layers)} layers, the first layers.{first.index}"
-    reasons = " | ".join(map(str, first.refusals))
-    where = f"policy {policy!r} ({first.mechanism}, {count}) on {target.name}"
-    if first.demanded is not None:
+def _unserved(choice: PlannedPolicy, plan: Plan) -> Diagnostic:
+    indices = [index for index, name in enumerate(plan.order) if name == choice.policy]
+    first = f"layers.{indices[0]}"
+    count = first if len(indices) == 1 else f"{len(indices)} layers, the first {first}"
+    reasons = " | ".join(map(str, choice.refusals))
+    where = f"policy {choice.policy!r} ({choice.mechanism}, {count}) on {plan.target.name}"
+    if choice.demanded is not None:
         return Diagnostic(
             "E202",
             f"{where}: the kernel it demands refuses: {reasons}",
-            remedy=f"give a list of kernels to allow others, or `kernel: auto`, in policies.{policy}",
+            remedy=f"give a list of kernels to allow others, or `kernel: auto`, in policies.{choice.policy}",
         )
     return Diagnostic(
         "E201",
         f"{where}: every kernel allowed refuses: {reasons}",
-        remedy=f"allow more kernels in policies.{policy}.kernel or in fallback.order.{first.mechanism}",
+        remedy=f"allow more kernels in policies.{choice.policy}.kernel or in fallback.order.{choice.mechanism}",
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from attncompiler import targets
 from attncompiler.errors import Diagnostic, PlanError
 from attncompiler.mechanisms.base import Cost, Mechanism, MixerSize, Policy, Refusal, Request, discover, load_entry, refusals
-from attncompiler.plan.model import FORMAT, Plan, PlannedLayer, RefusedKernel
+from attncompiler.plan.model import FORMAT, Plan, PlannedPolicy, RefusedKernel
 from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.detect import Environment
 from attncompiler.targets.target import Target
@@ -33,8 +33,6 @@ def plan(spec: ModelSpec, target: Target | str, environment: Environment | None 
     if unbuilt:
         raise PlanError(unbuilt)
     seq_len = min(PLANNED_LENGTH, spec.model.max_position_embeddings)
-    size = mixer_size(spec, batch=1, seq_len=seq_len)
-    chosen = {name: _choose(spec, name, policy, target, environment, size) for name, policy in _used(spec).items()}
     made = Plan(
         format=FORMAT,
         spec=spec.name,
@@ -43,9 +41,8 @@ def plan(spec: ModelSpec, target: Target | str, environment: Environment | None 
         dtype=spec.model.dtype,
         batch=1,
         seq_len=seq_len,
-        layers=tuple(
-            chosen[layer.policy_name].model_copy(update={"index": layer.index}) for layer in spec.resolved_layers
-        ),
+        policies=tuple(_choose(spec, name, policy, target, environment, seq_len) for name, policy in _used(spec).items()),
+        order=tuple(layer.policy_name for layer in spec.resolved_layers),
     )
     return made if environment is not None else made.require()
 
@@ -84,9 +81,9 @@ def _unbuilt(spec: ModelSpec) -> Sequence[Diagnostic]:
 
 
 def _choose(
-    spec: ModelSpec, name: str, policy: Policy, target: Target, environment: Environment | None, size: MixerSize
-) -> PlannedLayer:
-    """The chain and refusals of a policy's layers, as those of layer 0."""
+    spec: ModelSpec, name: str, policy: Policy, target: Target, environment: Environment | None, seq_len: int
+) -> PlannedPolicy:
+    """The chain of a policy's layers, and who was refused."""
     mechanism = discover()[policy.kind]
     features = {**mechanism.features(policy), "deterministic": spec.deterministic}
     request = Request(mechanism.name, features, spec.model.dtype)
@@ -97,15 +94,13 @@ def _choose(
             refused.append(RefusedKernel(kernel=candidate, reasons=reasons))
         else:
             chain.append(candidate)
-    at = mixer_size(spec, batch=size.batch, seq_len=size.seq_len, kernel=chain[0] if chain else "")
-    return PlannedLayer(
-        index=0,
+    return PlannedPolicy(
         policy=name,
         mechanism=mechanism.name,
         demanded=policy.kernel if isinstance(policy.kernel, str) and policy.kernel != "auto" else None,
         chain=tuple(chain),
         refusals=tuple(refused),
-        cost=mixer_cost(policy, at) if chain else Cost(),
+        cost=mixer_cost(policy, mixer_size(spec, batch=1, seq_len=seq_len, kernel=chain[0])) if chain else Cost(),
     )
 
 

@@ -37,7 +37,7 @@ def test_every_target_times_every_spec_plans_or_refuses_with_reasons(name: str, 
     for index, (layer, resolved) in enumerate(zip(made.layers, spec.resolved_layers, strict=True)):
         assert (layer.index, layer.policy, layer.mechanism) == (index, resolved.policy_name, resolved.policy.kind)
         assert layer.chain
-        assert layer.cost.parameters > 0
+        assert layer.choice.cost.parameters > 0
         considered = [*layer.chain, *(refused.kernel for refused in layer.refusals)]
         assert len(considered) == len(set(considered))
         assert set(considered) <= set(discover()[layer.mechanism].names)
@@ -84,12 +84,12 @@ def test_a_list_is_exhaustive_and_keeps_its_order(names: list[str]) -> None:
     layer = plan(spec, "cpu").layers[0]
     assert list(layer.chain) == built
     assert [refused.kernel for refused in layer.refusals] == [name for name in names if name not in built]
-    assert layer.demanded is None
+    assert layer.choice.demanded is None
 
 
 def test_a_single_name_is_a_demand() -> None:
     demanded = plan(small(ATTENTION.format(", kernel: eager")), "cpu").layers[0]
-    assert (demanded.demanded, demanded.chain) == ("eager", ("eager",))
+    assert (demanded.choice.demanded, demanded.chain) == ("eager", ("eager",))
     with pytest.raises(PlanError) as error:
         plan(small(ATTENTION.format(", kernel: sdpa")), "h200")
     assert codes(error) == ["E202"]
@@ -205,8 +205,9 @@ def test_a_damaged_plan_is_a_named_error() -> None:
         (text[: len(text) // 2], "E302"),
         ("[]", "E303"),
         (json.dumps({**data, "format": 99}), "E303"),
-        (json.dumps({**data, "layers": [{}]}), "E302"),
+        (json.dumps({**data, "policies": [{}]}), "E302"),
         (json.dumps({**data, "surprise": 1}), "E302"),
+        (json.dumps({**data, "order": ["p0", "p1"]}), "E302"),
     ]:
         with pytest.raises(ArtifactError) as error:
             Plan.from_json(broken)

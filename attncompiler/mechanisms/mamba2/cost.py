@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attncompiler.blocks import cost as blocks
+from attncompiler.mechanisms.base import Cost, MixerSize
+from attncompiler.mechanisms.mamba2.mechanism import Mamba2Policy
+
+FP32 = 4
+
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:
     """FLOPs forward and backward of one call, as the recurrence counts them, whatever the chunk size.
@@ -16,3 +22,36 @@ def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple
     B, T, H, P = shapes["x"]
     product = 2 * B * T * H * P * shapes["b"][3]
     return 2 * product, 5 * product
+
+
+def cost(policy: Mamba2Policy, size: MixerSize) -> Cost:
+    """Projections, the causal convolution over x, B and C, the operator, and the gated norm.
+
+    Autograd keeps the layer's input, the first projection (z, x, B, C and the time steps), the convolution's output
+    before and after its activation, the operator's outputs, and what the gate and the norm keep.
+    """
+    M, N, W = size.hidden_size, policy.state_size, policy.conv_kernel
+    E, H, P, G = policy.channels(M), policy.heads(M), policy.head_dim, policy.n_groups
+    n, itemsize, wide = size.tokens, size.itemsize, max(size.itemsize, FP32)
+    shapes = {"x": (size.batch, size.seq_len, H, P), "b": (size.batch, size.seq_len, G, N)}
+    forward, backward = operator_flops(shapes, policy)
+    mixed, projected = E + 2 * G * N, 2 * E + 2 * G * N + H
+    state = size.batch * H * P * N * wide
+    total = (
+        blocks.linear(n, M, projected, policy.use_bias, itemsize)
+        + blocks.convolution(n, mixed, W, policy.use_conv_bias, itemsize)
+        + blocks.linear(n, E, M, policy.use_bias, itemsize)
+    )
+    if policy.rms_norm:
+        total = total + blocks.norm("rmsnorm", n, E, itemsize)
+    return total + Cost(
+        parameters=3 * H,
+        fp32_parameters=3 * H,
+        forward_flops=forward,
+        backward_flops=backward,
+        forward_bytes=n * (projected + E) * itemsize + state,
+        backward_bytes=2 * n * (projected + E) * itemsize + state,
+        saved_bytes=n * (M + projected + mixed + E + E) * itemsize + state,
+        workspace_bytes=n * (projected + E) * itemsize,
+        state_bytes=state + size.batch * mixed * (W - 1) * itemsize,
+    )

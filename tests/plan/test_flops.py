@@ -1,0 +1,69 @@
+"""Predicted FLOPs and parameters are those of the emitted model, to the last one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from measure import batch_of, flops
+from specs import NAMES, example, small
+
+from attncompiler.plan import plan
+from attncompiler.plan.cost import model_cost
+from attncompiler.spec.model import ModelSpec
+
+ATTENTION = "{kind: attention, num_attention_heads: 4, pattern: {kind: full}}"
+FORMS: dict[str, ModelSpec] = {
+    "post": small(ATTENTION, norm="{kind: layernorm, position: post}"),
+    "sandwich": small(ATTENTION, norm="{position: sandwich}", mlp="{kind: plain, intermediate_size: 40, bias: true}"),
+    "parallel": small(ATTENTION, block="parallel"),
+    "no_mlp": small(ATTENTION, mlp="{kind: none}"),
+    "learned": small(ATTENTION, embedding="{positions: learned, token_types: 0, norm: true}", max_position_embeddings="256"),
+    "untied": small(ATTENTION, head="{kind: lm, bias: true, final_logit_softcapping: 20.0}"),
+    "shared": small(
+        ATTENTION, ATTENTION, layers="[{policy: p0, share: a}, {policy: p1}, {policy: p0, share: a}, {policy: p0, share: b}]"
+    ),
+    "mean": small(ATTENTION, head="{kind: classifier, num_labels: 3, pooling: mean}"),
+    "embeds": small(
+        ATTENTION, input="embeds", vocab_size=None, head="{kind: classifier, num_labels: 3, pooling: last}", norm="{position: pre}"
+    ),
+    "wide_heads": small(
+        "{kind: attention, num_attention_heads: 6, num_key_value_heads: 2, head_dim: 10, v_head_dim: 12, "
+        "attention_bias: qkv, qk_norm: rms, rope_parameters: {rope_theta: 1000.0, partial_rotary_factor: 0.6}}"
+    ),
+}
+
+
+def check(spec: ModelSpec, batch: int, length: int, device: str) -> None:
+    from attncompiler.emit import emit
+
+    planned = plan(spec, "cpu")
+    model = emit(spec, planned, device=device)
+    cost = model_cost(spec, planned, batch=batch, seq_len=length)
+    inputs, labels = batch_of(spec, batch, length, device)
+    assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert cost.memory.parameters == stored
+    with torch.no_grad():
+        assert cost.forward_flops == flops(lambda: model(inputs))
+    assert cost.training_flops == flops(lambda: model.loss(inputs, labels).backward())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "hybrid_13b"])
+def test_flops_are_torchs_for_every_example(name: str) -> None:
+    check(example(name), batch=2, length=80, device="cpu")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_flops_are_torchs_for_every_form_of_model(form: str) -> None:
+    check(FORMS[form], batch=3, length=17, device="cpu")
+
+
+@pytest.mark.slow
+def test_flops_are_torchs_for_13_billion_parameters() -> None:
+    check(example("hybrid_13b"), batch=1, length=1024, device="meta")
+
+
+def test_parameters_of_hybrid_13b() -> None:
+    spec = example("hybrid_13b")
+    cost = model_cost(spec, plan(spec, "a6000"), batch=1, seq_len=2048)
+    assert abs(cost.parameters / 13.14e9 - 1) < 0.005

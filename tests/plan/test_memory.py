@@ -1,0 +1,59 @@
+"""Predicted memory against what the allocator and autograd report."""
+
+from __future__ import annotations
+
+import pytest
+from measure import saved_bytes, training_peak
+from specs import example, small
+from test_flops import FORMS
+
+from attncompiler.plan import plan
+from attncompiler.plan.cost import model_cost
+from attncompiler.spec.model import ModelSpec
+
+
+@pytest.mark.parametrize("name", ["llama_tiny", "mamba2_tiny", "hybrid_tiny"])
+def test_peak_memory_of_a_training_step_is_within_a_fifth(name: str) -> None:
+    from attncompiler.emit import emit
+
+    spec = example(name)
+    planned = plan(spec, "cpu")
+    measured = training_peak(spec, emit(spec, planned, device="cpu"), 4, 512)
+    predicted = model_cost(spec, planned, batch=4, seq_len=512).memory.peak
+    assert abs(predicted / measured - 1) < 0.2, (predicted, measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mamba_tiny", "linear_tiny", "window_gqa", "encoder_tiny", "embeds_tiny"])
+def test_peak_memory_of_the_other_examples_too(name: str) -> None:
+    test_peak_memory_of_a_training_step_is_within_a_fifth(name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_autograd_keeps_is_predicted(form: str) -> None:
+    from attncompiler.emit import emit
+
+    spec = FORMS[form]
+    planned = plan(spec, "cpu")
+    measured = saved_bytes(spec, emit(spec, planned, device="cpu"), 2, 128)
+    predicted = model_cost(spec, planned, batch=2, seq_len=128).memory.activations
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_checkpointing_keeps_less_and_longer_sequences_keep_more() -> None:
+    spec = example("llama_tiny")
+    planned = plan(spec, "cpu")
+    costs = [model_cost(spec, planned, batch=4, seq_len=length) for length in (256, 512, 1024)]
+    assert all(cost.checkpointed.peak < cost.memory.peak for cost in costs)
+    assert all(cost.checkpointed.activations < cost.memory.activations / 3 for cost in costs)
+    activations = [cost.memory.activations for cost in costs]
+    # linear in the length: no kernel of this plan keeps T × T
+    assert activations[2] - activations[1] == pytest.approx(2 * (activations[1] - activations[0]), rel=0.01)
+
+
+def test_eager_pays_for_the_square_of_the_length() -> None:
+    def peak(kernel: str, length: int) -> int:
+        spec: ModelSpec = small("{kind: attention, num_attention_heads: 4, kernel: %s}" % kernel)
+        return model_cost(spec, plan(spec, "cpu"), batch=1, seq_len=length).memory.peak
+
+    assert peak("eager", 8192) > 10 * peak("sdpa", 8192)
