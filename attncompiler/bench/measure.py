@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import resource
 import statistics
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -86,7 +88,8 @@ def peak_bytes(prepare: Callable[..., Work], *arguments: object) -> int:
     """How far the memory of a fresh process rises while it runs what `prepare(*arguments)` returned.
 
     `prepare` must be a function of a module; the new process has the threads of this one. What `prepare` allocates is
-    not counted, unless the work needs less than was once used in preparing it.
+    not counted. Where the system cannot forget a peak (Linux can), work that needs less than its preparation did shows
+    less than it needs.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -94,13 +97,22 @@ def peak_bytes(prepare: Callable[..., Work], *arguments: object) -> int:
 
 
 def resident_peak() -> int:
-    """The most bytes that this process has had in main memory so far."""
-    return maxrss_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """The most bytes that this process has had in main memory since it began, or since `forget_peak`.
+
+    Linux' `ru_maxrss` begins at what the parent had when it started this process, so its own account is read there.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
 
 
-def maxrss_bytes(ru_maxrss: int) -> int:
-    """`ru_maxrss` in bytes: macOS counts bytes, others KiB."""
-    return ru_maxrss if sys.platform == "darwin" else ru_maxrss * 1024
+def forget_peak() -> None:
+    """Let `resident_peak` begin again at what is held now, where the system offers that."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _time(work: Work) -> float:
@@ -119,6 +131,7 @@ def _wait() -> None:
 def _rise(threads: int, prepare: Callable[..., Work], *arguments: object) -> int:
     torch.set_num_threads(threads)
     work = prepare(*arguments)
+    forget_peak()
     before = resident_peak()
     work()
     return resident_peak() - before

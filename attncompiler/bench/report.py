@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any
@@ -41,22 +42,25 @@ def show(title: str, rows: Sequence[Row], format: Format) -> None:
         typer.echo(json.dumps({"title": title, **machine(), "rows": plain}, indent=1))
         return
     about = machine()
-    table = Table(title=title, caption=f"torch {about['torch']}, {about['threads']} threads, {about['machine']}")
+    table = Table(
+        title=title,
+        caption=f"torch {about['torch']}, {about['threads']} threads, {about['machine']}; median (fastest–slowest)",
+    )
     for index, name in enumerate(rows[0] if rows else ()):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def comparison_row(name: str, comparison: Comparison, **more: Any) -> dict[str, Any]:
     """The row of two sides: both in milliseconds, the ratio of their medians, and the ratio's spread over the turns."""
     return {
         "case": name,
-        "attncompiler, ms": comparison.ours.scaled(1e3),
+        "ours, ms": comparison.ours.scaled(1e3),
         "peer, ms": comparison.peer.scaled(1e3),
         "times faster": comparison.ratio,
-        "turn by turn": comparison.spread,
+        "in a turn": comparison.spread,
         **more,
     }
 
@@ -68,9 +72,9 @@ def mib(size: int) -> float:
 
 def _text(value: Any) -> str:
     if isinstance(value, Samples):
-        return f"{value.median:,.4g} ({value.fastest:,.4g} to {value.slowest:,.4g})"
+        return f"{value.median:,.4g} ({value.fastest:,.4g}–{value.slowest:,.4g})"
     if isinstance(value, tuple):
-        return " to ".join(_text(part) for part in value)
+        return "–".join(_text(part) for part in value)
     if isinstance(value, float):
         return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

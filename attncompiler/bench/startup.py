@@ -7,17 +7,15 @@ Each runs in a process of its own, whose imports count.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from attncompiler.bench.measure import Samples, maxrss_bytes
+from attncompiler.bench.measure import Samples
 from attncompiler.bench.report import Format, FormatOption, mib, show
 
 COMMAND = (sys.executable, "-c", "from attncompiler.cli import main; main()")
@@ -59,18 +57,27 @@ def main(
     show("Whole commands, each in a fresh process", rows, format)
 
 
+LAUNCHER = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=sys.stderr).returncode
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
 def run(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak bytes of one command. Raises RuntimeError with its output when it fails."""
-    with tempfile.TemporaryFile() as output:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            raise RuntimeError(f"{' '.join(command)} failed:\n{output.read().decode(errors='replace')}")
-    return seconds, maxrss_bytes(usage.ru_maxrss)
+    """Seconds and peak bytes of one command. Raises RuntimeError with its output when it fails.
+
+    A small process launches it: on Linux a process's peak begins at what its parent held, and this one holds torch.
+    """
+    launched = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=False
+    )
+    if launched.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{launched.stderr}")
+    seconds, peak = launched.stdout.split()
+    return float(seconds), int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

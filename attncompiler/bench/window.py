@@ -22,7 +22,9 @@ HEADS, WIDTH = 8, 64
 
 
 def main(
-    seq_len: Annotated[int, typer.Option(help="T")] = 4096,
+    seq_lens: Annotated[
+        list[int] | None, typer.Option("--seq-len", help="T, several times (default 2048 and 4096)")
+    ] = None,
     window: Annotated[int, typer.Option(help="keys that a query sees, itself included")] = 256,
     repeats: Annotated[int, typer.Option(help="timed turns of each side")] = 9,
     threads: ThreadsOption = None,
@@ -31,16 +33,15 @@ def main(
     """Compare a sliding window with SDPA under a dense mask: B1 H8 D64, fp32."""
     if threads is not None:
         torch.set_num_threads(threads)
+    rows = [row(seq_len, window, repeats) for seq_len in seq_lens or (2048, 4096)]
+    show("Sliding window, forward + backward, against SDPA with a dense mask", rows, format)
+
+
+def row(seq_len: int, window: int, repeats: int) -> dict[str, object]:
+    """The table's row of one length."""
     comparison = compare(ours(seq_len, window), peer(seq_len, window), repeats)
-    row = comparison_row(
-        f"T {seq_len}, window {window}",
-        comparison,
-        **{
-            "attncompiler, MiB": mib(peak_bytes(ours, seq_len, window)),
-            "peer, MiB": mib(peak_bytes(peer, seq_len, window)),
-        },
-    )
-    show("Sliding window, forward + backward, against SDPA with a dense mask", [row], format)
+    memory = {f"{side.__name__}, MiB": mib(peak_bytes(side, seq_len, window)) for side in (ours, peer)}
+    return comparison_row(f"T {seq_len}, window {window}", comparison, **memory)
 
 
 def ours(seq_len: int, window: int) -> Work:
@@ -56,7 +57,7 @@ def ours(seq_len: int, window: int) -> Work:
 
 
 def peer(seq_len: int, window: int) -> Work:
-    """The same function by SDPA, whose layout is (B, H, T, D). The mask is made once, and not counted as time."""
+    """The same function by SDPA, whose layout is (B, H, T, D). Its mask is made once, and counted neither as time nor as memory."""
     q, k, v, grad = (tensor.detach().transpose(1, 2).contiguous().requires_grad_() for tensor in _inputs(seq_len))
     index = torch.arange(seq_len)
     distance = index[:, None] - index[None, :]

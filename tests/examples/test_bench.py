@@ -71,7 +71,7 @@ def test_window_at_a_tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "peak_bytes", lambda prepare, *arguments: 2**20)
     shown = invoke(window.main, "--seq-len", "64", "--window", "16", "--repeats", "2")
     (row,) = shown["rows"]
-    assert row["times faster"] == row["peer, ms"]["median"] / row["attncompiler, ms"]["median"]
+    assert row["times faster"] == row["peer, ms"]["median"] / row["ours, ms"]["median"]
     assert row["peer, MiB"] == 1.0
 
 
@@ -132,7 +132,7 @@ def test_startup_of_a_small_spec(tmp_path: Path) -> None:
 def test_text_and_json_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"case": "x", "time": measure.Samples((1.0, 3.0, 2.0)), "pair": (1, 2)}
     report.show("title", [row], report.Format.text)
-    assert "2 (1 to 3)" in capsys.readouterr().out
+    assert "2 (1–3)" in capsys.readouterr().out
     report.show("title", [row], report.Format.json)
     (plain,) = json.loads(capsys.readouterr().out)["rows"]
     assert plain["time"]["median"] == 2.0
