@@ -17,6 +17,7 @@ from attncompiler.spec.model import Mlp, ModelSpec
 from attncompiler.targets.target import Target
 
 FP32 = 4
+NOTHING = Cost()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +31,29 @@ class Part:
     parameters: int
     mixer: Cost | None = None
     """of a layer: what its mixer costs, which is within `cost`"""
-    after: Cost = Cost()
+    after: Cost = NOTHING
     """of a layer: what runs after its mixer, which is within `cost`"""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes in one training step: forward, loss, backward, AdamW; `peak` is the most that is live at one moment."""
+    """Bytes in one training step: forward, loss, backward, AdamW."""
 
     parameters: int
     gradients: int
     optimizer: int
+    update: int
+    """what the optimizer holds beside these while it updates"""
     activations: int
     """kept between forward and backward"""
+    working: int
+    """the most that activations and workspace are at one moment of the forward and backward"""
     peak: int
+    """the most that is live at one moment"""
 
     @property
     def sharded(self) -> int:
-        """What FSDP divides among devices."""
+        """What FSDP divides among devices in the forward and backward; in the update, `update` too."""
         return self.parameters + self.gradients + self.optimizer
 
 
@@ -95,7 +101,7 @@ def model_cost(spec: ModelSpec, plan: Plan, *, batch: int, seq_len: int) -> Mode
     """The cost of `spec` as `plan` runs it, for `batch` sequences of `seq_len` tokens."""
     parts = tuple(_parts(spec, plan, mixer_size(spec, batch=batch, seq_len=seq_len)))
     boundary = batch * seq_len * spec.model.hidden_size * ITEMSIZE[spec.model.dtype]
-    total = sum((part.cost for part in parts), Cost())
+    total = sum((part.cost for part in parts), NOTHING)
     return ModelCost(
         batch=batch,
         seq_len=seq_len,
@@ -133,7 +139,7 @@ def _parts(spec: ModelSpec, plan: Plan, size: MixerSize) -> Iterator[Part]:
     head = _head(spec, size)
     part = _part("head", head, dtype)
     if model.head.kind == "lm" and model.head.tie_word_embeddings:
-        own = head.parameters - model.vocab_size * size.hidden_size
+        own = head.parameters - _vocabulary(spec) * size.hidden_size
         part = replace(part, parameters=own, parameter_bytes=own * size.itemsize)
     yield part
 
@@ -146,9 +152,9 @@ def _part(name: str, cost: Cost, dtype: str) -> Part:
 
 def _embedding(spec: ModelSpec, size: MixerSize) -> Cost:
     model, n, M = spec.model, size.tokens, size.hidden_size
-    total = Cost()
+    total = NOTHING
     if model.input == "tokens":
-        total += blocks.embedding(n, model.vocab_size, M, size.itemsize)
+        total += blocks.embedding(n, _vocabulary(spec), M, size.itemsize)
     if model.embedding.positions == "learned":
         total += blocks.embedding(n, model.max_position_embeddings, M, size.itemsize)
     if model.embedding.token_types:
@@ -166,7 +172,7 @@ def _around(spec: ModelSpec, layer: ResolvedLayer, size: MixerSize) -> tuple[Cos
     norms = 1 if has_mlp and model.block == "sequential" else 0
     if model.norm.position == "sandwich":
         norms += 2 if has_mlp else 1
-    after = sum((one for _ in range(norms)), Cost())
+    after = sum((one for _ in range(norms)), NOTHING)
     if isinstance(layer.mlp, Mlp):
         mlp = layer.mlp
         fed = blocks.mlp(mlp.kind, n, M, mlp.intermediate_size, mlp.hidden_act, mlp.bias, size.itemsize)
@@ -178,14 +184,18 @@ def _around(spec: ModelSpec, layer: ResolvedLayer, size: MixerSize) -> tuple[Cos
     return one, after + Cost(forward_bytes=3 * moved, backward_bytes=2 * moved)
 
 
+def _vocabulary(spec: ModelSpec) -> int:
+    return spec.model.vocab_size or 0
+
+
 def _head(spec: ModelSpec, size: MixerSize) -> Cost:
     head, n, M = spec.model.head, size.tokens, size.hidden_size
     if head.kind == "lm":
         capped = head.final_logit_softcapping is not None
-        return blocks.lm_head(n, M, spec.model.vocab_size, head.bias, size.itemsize, capped)
+        return blocks.lm_head(n, M, _vocabulary(spec), head.bias, size.itemsize, capped)
     if head.kind == "classifier":
         return blocks.classifier_head(size.batch, n, M, head.num_labels, head.pooling, size.itemsize)
-    return Cost()
+    return NOTHING
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
@@ -199,25 +209,33 @@ def _memory(parts: Sequence[Part], boundary: int, target: Target, *, checkpointe
     parameters = sum(part.parameter_bytes for part in parts)
     optimizer = 2 * parameters
     saved = [boundary if checkpointed and part.mixer is not None else part.cost.saved_bytes for part in parts]
-    resting = parameters + optimizer
-    activations = sum(saved)
-    peak = resting + activations + parts[-1].cost.workspace_bytes
-    gradients, kept = 0, activations
+    activations = kept = sum(saved)
+    gradients, moments = 0, [(0, kept + parts[-1].cost.workspace_bytes)]
     for part, part_saved in zip(reversed(parts), reversed(saved), strict=True):
         again = part.cost.saved_bytes if checkpointed and part.mixer is not None else 0
-        live = resting + gradients + kept + again + boundary + part.parameter_bytes
-        if part.mixer is None:
-            peak = max(peak, live + part.cost.workspace_bytes)
-        else:
-            peak = max(peak, live + part.after.workspace_bytes)
-            peak = max(peak, live + part.mixer.workspace_bytes - part.after.saved_bytes)
         gradients += part.parameter_bytes
+        moments += [(gradients, kept + again + boundary + beside) for beside in _beside(part)]
         kept -= part_saved
     # the update holds the square roots of the second moments: of all parameters at once where they are updated together
     largest = max(part.parameter_bytes for part in parts)
     update = parameters if target.device_type == "cuda" else largest
-    peak = max(peak, resting + parameters + update)
-    return Memory(parameters, parameters, optimizer, activations, peak)
+    resting = parameters + optimizer
+    return Memory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        update=update,
+        activations=activations,
+        working=max(working for _, working in moments),
+        peak=resting + max(*(made + working for made, working in moments), gradients + update),
+    )
+
+
+def _beside(part: Part) -> tuple[int, ...]:
+    """What the backward of a part needs beside what was kept, at each of its moments: after a mixer, and in it."""
+    if part.mixer is None:
+        return (part.cost.workspace_bytes,)
+    return part.after.workspace_bytes, part.mixer.workspace_bytes - part.after.saved_bytes
 
 
 # --- time -------------------------------------------------------------------------------------------------------

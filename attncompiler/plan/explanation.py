@@ -61,7 +61,10 @@ def _layers(spec: ModelSpec, plan: Plan, cost: ModelCost) -> Iterator[dict[str, 
             "mlp": layer.mlp.kind,
             "chain": list(planned.chain),
             "refusals": [
-                {"kernel": refused.kernel, "reasons": [{"source": r.source, "reason": r.reason} for r in refused.reasons]}
+                {
+                    "kernel": refused.kernel,
+                    "reasons": [{"source": r.source, "reason": r.reason} for r in refused.reasons],
+                }
                 for refused in planned.refusals
             ],
             "parameters": part.cost.parameters,
@@ -108,6 +111,7 @@ def _fit(memory: Memory, cost: ModelCost, target: Target) -> dict[str, Any]:
         "parameter_bytes": memory.parameters,
         "gradient_bytes": memory.gradients,
         "optimizer_bytes": memory.optimizer,
+        "update_bytes": memory.update,
         "activation_bytes": memory.activations,
         "peak_bytes": memory.peak,
         "fits": memory.peak <= usable,
@@ -125,18 +129,18 @@ def _devices(memory: Memory, cost: ModelCost, usable: int) -> int | None:
     """
     if memory.peak <= usable:
         return 1
-    gathered = (GATHERED + 1) * max(part.parameter_bytes for part in cost.parts)
-    own = max(0, memory.peak - memory.sharded) + gathered
+    own = memory.working + (GATHERED + 1) * max(part.parameter_bytes for part in cost.parts)
     if own >= usable:
         return None
-    return max(2, math.ceil(memory.sharded / (usable - own)))
+    passes = math.ceil(memory.sharded / (usable - own))
+    return max(2, passes, math.ceil((memory.sharded + memory.update) / usable))
 
 
 def _verdict(peak: int, usable: int, devices: int | None, target: Target) -> str:
-    need = f"needs {_gib(peak)} of the {_gib(usable)} usable on {target.name}"
+    need = f"needs {_gib(peak)}, {_gib(usable)} are usable on {target.name}"
     if devices == 1:
         return f"fits: {need}"
-    missing = f"does not fit: {need}, {_gib(peak - usable)} too much"
+    missing = f"does not fit: {need}, {_gib(peak - usable)} are missing"
     if devices is None:
         return f"{missing}; sharding alone does not help, as the activations are not sharded"
     return f"{missing}; fits {devices} devices under FSDP"

@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 
 from attncompiler import targets
 from attncompiler.errors import Diagnostic, PlanError
-from attncompiler.mechanisms.base import Cost, Mechanism, MixerSize, Policy, Refusal, Request, discover, load_entry, refusals
+from attncompiler.mechanisms.base import (
+    Cost,
+    Mechanism,
+    MixerSize,
+    Policy,
+    Refusal,
+    Request,
+    discover,
+    load_entry,
+    refusals,
+)
 from attncompiler.plan.model import FORMAT, Plan, PlannedPolicy, RefusedKernel
 from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.detect import Environment
@@ -41,7 +51,9 @@ def plan(spec: ModelSpec, target: Target | str, environment: Environment | None 
         dtype=spec.model.dtype,
         batch=1,
         seq_len=seq_len,
-        policies=tuple(_choose(spec, name, policy, target, environment, seq_len) for name, policy in _used(spec).items()),
+        policies=tuple(
+            _choose(spec, name, policy, target, environment, seq_len) for name, policy in _used(spec).items()
+        ),
         order=tuple(layer.policy_name for layer in spec.resolved_layers),
     )
     return made if environment is not None else made.require()

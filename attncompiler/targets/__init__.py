@@ -6,7 +6,7 @@ import difflib
 from functools import cache
 from importlib import resources
 
-from attncompiler.errors import SpecError, fail
+from attncompiler.errors import Diagnostic, SpecError
 from attncompiler.targets.target import Target
 
 
@@ -32,4 +32,4 @@ def get(name: str) -> Target:
 
 def unknown(message: str, remedy: str | None = None) -> SpecError:
     """The error (E107) for a target that is not there, to be raised."""
-    return fail(SpecError, "E107", message, remedy=remedy)
+    return SpecError(Diagnostic("E107", message, remedy=remedy))

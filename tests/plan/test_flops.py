@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from measure import batch_of, flops
-from specs import NAMES, example, small
+from small_specs import NAMES, example, small
+from training_step import batch_of, flops
 
 from attncompiler.plan import plan
 from attncompiler.plan.cost import model_cost
@@ -17,14 +17,22 @@ FORMS: dict[str, ModelSpec] = {
     "sandwich": small(ATTENTION, norm="{position: sandwich}", mlp="{kind: plain, intermediate_size: 40, bias: true}"),
     "parallel": small(ATTENTION, block="parallel"),
     "no_mlp": small(ATTENTION, mlp="{kind: none}"),
-    "learned": small(ATTENTION, embedding="{positions: learned, token_types: 0, norm: true}", max_position_embeddings="256"),
+    "learned": small(
+        ATTENTION, embedding="{positions: learned, token_types: 0, norm: true}", max_position_embeddings="256"
+    ),
     "untied": small(ATTENTION, head="{kind: lm, bias: true, final_logit_softcapping: 20.0}"),
     "shared": small(
-        ATTENTION, ATTENTION, layers="[{policy: p0, share: a}, {policy: p1}, {policy: p0, share: a}, {policy: p0, share: b}]"
+        ATTENTION,
+        ATTENTION,
+        layers="[{policy: p0, share: a}, {policy: p1}, {policy: p0, share: a}, {policy: p0, share: b}]",
     ),
     "mean": small(ATTENTION, head="{kind: classifier, num_labels: 3, pooling: mean}"),
     "embeds": small(
-        ATTENTION, input="embeds", vocab_size=None, head="{kind: classifier, num_labels: 3, pooling: last}", norm="{position: pre}"
+        ATTENTION,
+        input="embeds",
+        vocab_size=None,
+        head="{kind: classifier, num_labels: 3, pooling: last}",
+        norm="{position: pre}",
     ),
     "wide_heads": small(
         "{kind: attention, num_attention_heads: 6, num_key_value_heads: 2, head_dim: 10, v_head_dim: 12, "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from measure import saved_bytes, training_peak
-from specs import example, small
+from small_specs import example, small
 from test_flops import FORMS
+from training_step import saved_bytes, training_peak
 
 from attncompiler.plan import plan
 from attncompiler.plan.cost import model_cost
@@ -53,7 +53,7 @@ def test_checkpointing_keeps_less_and_longer_sequences_keep_more() -> None:
 
 def test_eager_pays_for_the_square_of_the_length() -> None:
     def peak(kernel: str, length: int) -> int:
-        spec: ModelSpec = small("{kind: attention, num_attention_heads: 4, kernel: %s}" % kernel)
+        spec: ModelSpec = small(f"{{kind: attention, num_attention_heads: 4, kernel: {kernel}}}")
         return model_cost(spec, plan(spec, "cpu"), batch=1, seq_len=length).memory.peak
 
     assert peak("eager", 8192) > 10 * peak("sdpa", 8192)

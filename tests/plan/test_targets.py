@@ -39,7 +39,9 @@ def test_a_target_is_named_as_its_file_and_its_rates_are_ordered(name: str) -> N
 def test_every_target_names_a_dated_source(name: str) -> None:
     text = resources.files("attncompiler.targets").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     comments = [line.partition("#")[2] for line in text.splitlines() if "#" in line]
-    assert any(f"(20{year:02d})" in comment or f" 20{year:02d})" in comment for comment in comments for year in range(17, 27))
+    assert any(
+        f"(20{year:02d})" in comment or f" 20{year:02d})" in comment for comment in comments for year in range(17, 27)
+    )
     assert yaml.safe_load(text)["name"] == name
 
 

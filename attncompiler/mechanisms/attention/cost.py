@@ -36,7 +36,7 @@ def visible_pairs(pattern: Pattern, T: int, S: int) -> int:
             seen = _ramp(S, W) + _ramp(S - W, G)
             return seen - (_ramp(before, W) + _ramp(before - W, G))
         case SlidingWindow(window=W, global_tokens=G):
-            # a query before G sees every key; a later one min(S, i + W) keys, less those between the globals and the band
+            # a query before G sees every key; a later one min(S, i + W), less those between the globals and the band
             wide = max(0, min(G, S) - before)
             first = max(min(G, S), before)
             ends = _ramp(S - 1 + W, S) - _ramp(first - 1 + W, S)

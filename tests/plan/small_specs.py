@@ -43,7 +43,10 @@ def small(
     deterministic: bool = False,
     **model: str | None,
 ) -> ModelSpec:
-    """A spec with policies p0, p1, … (flow mappings), by default a layer of each; `model` replaces or (None) drops keys."""
+    """A spec with policies p0, p1, … (flow mappings), by default a layer of each.
+
+    `model` replaces keys of the model section, or drops them (None).
+    """
     sections = {key: value for key, value in {**MODEL, **model}.items() if value is not None}
     names = [f"p{i}" for i in range(len(policies))]
     return specs.parse(

@@ -1,4 +1,4 @@
-"""What a training step of an emitted model does: its FLOPs as torch counts them, its memory as the allocator reports it."""
+"""What a training step of an emitted model takes: FLOPs by torch's counter, memory by its allocator and autograd."""
 
 from __future__ import annotations
 

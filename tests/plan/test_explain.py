@@ -1,0 +1,106 @@
+"""What `explain` says: plain data that adds up, and whether training fits."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from small_specs import NAMES, example, small
+
+from attncompiler import targets
+from attncompiler.plan import explain, plan
+from attncompiler.plan.cost import model_cost
+
+
+def explained(name: str, target: str, batch: int = 1, seq_len: int = 2048) -> dict[str, Any]:
+    spec = example(name)
+    return explain(spec, plan(spec, target), batch=batch, seq_len=seq_len)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_explanation_is_json_and_covers_every_layer_once(name: str) -> None:
+    spec = example(name)
+    data = explained(name, "cpu", batch=2, seq_len=256)
+    assert json.loads(json.dumps(data)) == data
+    indices: list[int] = []
+    for layer in data["layers"]:
+        for run in layer["indices"].split(", "):
+            first, _, last = run.partition("-")
+            indices += range(int(first), int(last or first) + 1)
+    assert sorted(indices) == list(range(len(spec.resolved_layers)))
+    assert sum(layer["count"] for layer in data["layers"]) == len(indices)
+
+
+def test_layers_add_up_to_the_model() -> None:
+    data = explained("llama_tiny", "cpu", batch=2, seq_len=256)
+    (layer,) = data["layers"]
+    embedding, norm = 256 * 256, 256
+    assert data["model"]["parameters"] == layer["count"] * layer["parameters"] + embedding + norm
+    head = 2 * 2 * 256 * 256 * 256
+    assert data["model"]["forward_flops"] == layer["count"] * layer["forward_flops"] + head
+
+
+def test_refusals_are_given_with_their_source() -> None:
+    (layer,) = explained("llama_tiny", "h200")["layers"]
+    by_kernel = {refused["kernel"]: refused["reasons"] for refused in layer["refusals"]}
+    assert by_kernel["sdpa"] == [{"source": "target", "reason": "sdpa runs on cpu only"}]
+    assert by_kernel["cudnn"] == [{"source": "option", "reason": "cudnn is not built in this version of attncompiler"}]
+
+
+def test_13_billion_parameters_do_not_train_on_one_a6000() -> None:
+    data = explained("hybrid_13b", "a6000")
+    fit = data["fit"]["plain"]
+    assert not fit["fits"]
+    # parameters, gradients and both moments in bfloat16, and the update's square roots
+    assert fit["peak_bytes"] > 8 * data["model"]["parameters"]
+    assert fit["missing_bytes"] == fit["peak_bytes"] - data["fit"]["usable_bytes"]
+    assert fit["verdict"].startswith("does not fit: needs ")
+    assert f"fits {fit['devices']} devices under FSDP" in fit["verdict"]
+    assert 3 <= fit["devices"] <= 8
+    # at eight layers to a kind the explanation is short, whatever the depth
+    assert len(data["layers"]) == 3
+
+
+def test_a_small_model_fits_and_says_so() -> None:
+    fit = explained("llama_tiny", "t4", batch=4, seq_len=512)["fit"]["plain"]
+    assert (fit["fits"], fit["devices"], fit["missing_bytes"]) == (True, 1, 0)
+    assert fit["verdict"].startswith("fits: needs ")
+
+
+def test_more_devices_are_never_needed_with_checkpointing_or_more_memory() -> None:
+    spec = example("hybrid_13b")
+    needed = []
+    for target in ("a6000", "a100-80", "h200", "b200"):
+        fit = explain(spec, plan(spec, target), batch=1, seq_len=1024)["fit"]
+        assert fit["checkpointed"]["devices"] <= fit["plain"]["devices"]
+        needed.append(fit["plain"]["devices"])
+    assert needed == sorted(needed, reverse=True)
+
+
+def test_activations_that_do_not_fit_are_not_solved_by_sharding() -> None:
+    fit = explained("hybrid_13b", "a6000", batch=16, seq_len=8192)["fit"]["plain"]
+    assert fit["devices"] is None
+    assert "sharding alone does not help" in fit["verdict"]
+
+
+def test_time_is_a_bound_of_flops_and_bandwidth() -> None:
+    spec = small("{kind: attention, num_attention_heads: 4}")
+    planned = plan(spec, "h200")
+    cost = model_cost(spec, planned, batch=8, seq_len=2048)
+    target = targets.get("h200")
+    assert cost.time.forward >= cost.forward_flops / target.matrix_flops["float32"]
+    assert cost.time.optimizer == pytest.approx(7 * cost.memory.parameters / target.bandwidth)
+    slower = model_cost(spec, plan(spec, "t4"), batch=8, seq_len=2048)
+    assert slower.time.step > cost.time.step
+
+
+def test_shared_layers_are_stored_once_and_run_each_time() -> None:
+    attention = "{kind: attention, num_attention_heads: 4}"
+    apart = small(attention, layers="[{policy: p0, repeat: 3}]")
+    tied = small(attention, layers="[{policy: p0, share: one, repeat: 3}]")
+    one = small(attention, layers="[{policy: p0}]")
+    costs = [model_cost(spec, plan(spec, "cpu"), batch=1, seq_len=64) for spec in (apart, tied, one)]
+    assert costs[0].forward_flops == costs[1].forward_flops
+    assert costs[1].parameters == costs[2].parameters
+    assert costs[1].memory.activations == costs[0].memory.activations
