@@ -8,7 +8,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,16 +84,16 @@ def compare(ours: Work, peer: Work, repeats: int, warmup: int = 1) -> Comparison
     return Comparison(samples["ours"], samples["peer"])
 
 
-def peak_bytes(prepare: Callable[..., Work], *arguments: object) -> int:
+def peak_bytes(prepare: Callable[..., Work], arguments: Sequence[object], small: Sequence[object]) -> int:
     """How far the memory of a fresh process rises while it runs what `prepare(*arguments)` returned.
 
-    `prepare` must be a function of a module; the new process has the threads of this one. What `prepare` allocates is
-    not counted. Where the system cannot forget a peak (Linux can), work that needs less than its preparation did shows
-    less than it needs.
+    `prepare(*small)` is run before it, so that what libraries load at their first use is not counted; nor is what
+    `prepare` allocates. Where the system cannot forget a peak (Linux can), work that needs less than its preparation did
+    shows less than it needs. `prepare` must be a function of a module; the new process has the threads of this one.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_rise, torch.get_num_threads(), prepare, *arguments).result()
+        return pool.submit(_rise, torch.get_num_threads(), prepare, arguments, small).result()
 
 
 def resident_peak() -> int:
@@ -128,8 +128,9 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _rise(threads: int, prepare: Callable[..., Work], *arguments: object) -> int:
+def _rise(threads: int, prepare: Callable[..., Work], arguments: Sequence[object], small: Sequence[object]) -> int:
     torch.set_num_threads(threads)
+    prepare(*small)()
     work = prepare(*arguments)
     forget_peak()
     before = resident_peak()
