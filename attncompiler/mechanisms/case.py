@@ -30,7 +30,7 @@ def values(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
     return base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """One call of an operator: fp64 inputs on the CPU by name, options, and whether the call is causal."""
 
@@ -38,6 +38,15 @@ class Case:
     tensors: Mapping[str, Tensor]
     options: Any
     causal: bool
+
+    def __repr__(self) -> str:
+        """Shapes instead of values: a failing example is read, and drawn again from its seed."""
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.tensors.items())
+        return f"Case({self.operator.name}: {shapes}; {self.options!r})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """For hypothesis, which would print a dataclass field by field."""
+        printer.text(repr(self))
 
     def cast(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
         """The inputs for a kernel of `dtype`, rounded once: low-precision inputs to it, other floats to fp32 or better."""

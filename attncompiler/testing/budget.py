@@ -59,14 +59,15 @@ class Verdict:
 def oracle(exact: Results, low_error: Results, inputs: Results, dtype: torch.dtype) -> Oracle:
     """The oracle of a call of `dtype` with these exact results, low errors and inputs.
 
-    The input scale is the largest rms of a floating input. Raises ValueError when an exact result is NaN: such a call
+    The input scale is the largest magnitude in a floating input: by so much can one product amplify a rounding error.
+    Raises ValueError when an exact result is NaN: such a call
     cannot judge anything.
     """
     for name, tensor in exact.items():
         if tensor.isnan().any():
             raise ValueError(f"the reference gives NaN in {name}")
     largest = max((rms(tensor) for tensor in exact.values()), default=0.0)
-    input_scale = max((rms(tensor) for tensor in inputs.values() if tensor.is_floating_point()), default=0.0)
+    input_scale = max((_largest(t.abs()) for t in inputs.values() if t.is_floating_point()), default=0.0)
     return Oracle(exact, low_error, torch.finfo(dtype).eps, largest * max(1.0, input_scale))
 
 

@@ -1,19 +1,79 @@
-"""The laws of sequence operators, as programs that reach the results of one call by another road.
+"""The laws of sequence operators, each as programs that reach the results of one call by other roads.
 
-A law holds when the program's results and gradients are within the error budget of the one call's truth. Each speaks
-of operators only through what they declare: their inputs, their axes along the sequence, their states.
+A law holds for a kernel when every program's results and gradients are within the error budget of the one call's
+truth. The laws speak of operators only through what they declare: inputs, axes along the sequence, states.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attncompiler.mechanisms.case import Case
-from attncompiler.testing.conformance import Call, Program
+from attncompiler.testing.conformance import Call, Program, whole
+
+Statement = tuple[Case, tuple[Program, ...]]
+"""A call, and programs that must all give its results."""
+
+
+# --- the laws: what each says of a case, or None where it says nothing; any number `place` picks where to cut ------
+
+
+def causality(case: Case, place: int) -> Statement | None:
+    """Nothing in a causal call depends on a later token."""
+    if not case.causal or length(case) == 1:
+        return None
+    return case, (future_changed(_cut(case, place)),)
+
+
+def segments(case: Case, place: int) -> Statement | None:
+    """Packed segments are as separate calls."""
+    if length(case) == 1:
+        return None
+    cuts = sorted({_cut(case, place), _cut(case, place // 1000)})
+    return packed(case, cuts), (whole, in_parts(cuts))
+
+
+def padding(case: Case, place: int) -> Statement | None:
+    """Padding on either side, or on both, is as none."""
+    before, after = 1 + place % 20, 1 + place // 20 % 20
+    return case, (within_padding(before, after), within_padding(before, 0), within_padding(0, after))
+
+
+def rows(case: Case, batched: Collection[str]) -> Statement | None:
+    """Each sequence of a batch is as alone; `batched` names the inputs that have a batch axis, the first."""
+    return (case, (whole, by_row(batched))) if batch(case) > 1 else None
+
+
+def splitting(case: Case, place: int) -> Statement | None:
+    """A causal call may be cut in two where the state is passed on."""
+    if not case.causal or length(case) == 1:
+        return None
+    return case, (split(_cut(case, place)),)
+
+
+def chunk_size(case: Case) -> Statement | None:
+    """The option chunk_size is of speed alone."""
+    return case, tuple(with_options(chunk_size=size) for size in (1, 3, 16, 256))
+
+
+def grouped_heads(case: Case) -> Statement | None:
+    """Grouped heads are as heads repeated."""
+    grouped = case.tensors["q"].shape[2] != case.tensors["k"].shape[2]
+    return (case, (whole, heads_repeated)) if grouped else None
+
+
+def layout(case: Case) -> Statement | None:
+    """Inputs need not be contiguous: slices of a fused projection are not."""
+    return case, (with_gaps,)
+
+
+# --- cases and programs -------------------------------------------------------------------------------------------
 
 
 def length(case: Case) -> int:
@@ -40,7 +100,7 @@ def in_parts(cuts: Sequence[int]) -> Program:
     def program(call: Call, case: Case) -> dict[str, Tensor]:
         bare = case.given(segment_ids=None)
         bounds = sorted({0, *cuts, length(case)})
-        parts = [call(bare.slice(start, stop)) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        parts = [call(bare.slice(start, stop)) for start, stop in pairwise(bounds)]
         return joined(case, parts)
 
     return program
@@ -103,8 +163,11 @@ def by_row(batched: Collection[str]) -> Program:
     return program
 
 
-def later_changed(start: int) -> Program:
-    """The call with every token from `start` on replaced by another: a causal call's outputs before it stay."""
+def future_changed(start: int) -> Program:
+    """The outputs before token `start` from a call in which every token from there on is another, the rest as it is.
+
+    Of a causal call nothing moves, and later tokens have no gradient from earlier outputs.
+    """
 
     def program(call: Call, case: Case) -> dict[str, Tensor]:
         def change(tensor: Tensor, axis: int) -> Tensor:
@@ -113,29 +176,30 @@ def later_changed(start: int) -> Program:
             kept, later = tensor.narrow(axis, 0, start), tensor.narrow(axis, start, tensor.shape[axis] - start)
             return torch.cat([kept, 2.0 - later.flip(axis)], axis)
 
-        return call(case.map(change))
+        plain, changed, axes = call(case), call(case.map(change)), case.operator.sequence
+        rest = length(case) - start
+
+        def join(name: str) -> Tensor:
+            before, after = changed[name].narrow(axes[name], 0, start), plain[name].narrow(axes[name], start, rest)
+            return torch.cat([before, after], axes[name])
+
+        return {name: join(name) if name in axes else output for name, output in plain.items()}
 
     return program
-
-
-def before(start: int, case: Case, results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs along the sequence, up to token `start`."""
-    axes, outputs = case.operator.sequence, case.operator.outputs
-    return {
-        name: tensor.narrow(axes[name], 0, start)
-        for name, tensor in results.items()
-        if name in outputs and name in axes
-    }
 
 
 def with_options(**changes: Any) -> Program:
     """The call with options changed that must not matter, such as chunk_size."""
 
     def program(call: Call, case: Case) -> dict[str, Tensor]:
-        options = type(case.options).model_validate(case.options.model_dump() | changes)
-        return call(Case(case.operator, case.tensors, options, case.causal))
+        return call(replace(case, options=case.options.model_copy(update=changes)))
 
     return program
+
+
+def with_gaps(call: Call, case: Case) -> dict[str, Tensor]:
+    """The call on inputs of which every second element in memory belongs to something else."""
+    return call(case.given(**{name: torch.stack([t, t], -1)[..., 0] for name, t in case.tensors.items() if t.dim()}))
 
 
 def heads_repeated(call: Call, case: Case) -> dict[str, Tensor]:
@@ -151,6 +215,11 @@ def joined(case: Case, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         name: torch.cat([part[name] for part in parts], axes[name]) if name in axes else parts[-1][name]
         for name in case.operator.outputs
     }
+
+
+def _cut(case: Case, place: int) -> int:
+    """A token that is not the first."""
+    return 1 + place % (length(case) - 1)
 
 
 def _device(case: Case) -> torch.device:

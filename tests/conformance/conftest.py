@@ -1,0 +1,116 @@
+"""The suite's parameters, all discovered: mechanisms, their kernels and dtypes. No test here names a mechanism.
+
+A test that takes `mechanism`, `kernel`, `dtype` or `widest` runs for each of them; `@pytest.mark.offers(names)` keeps
+it to mechanisms whose operator has inputs, outputs or options of those names (shell patterns). `for_cases` runs a
+check on drawn cases: a few in the fast lane, many behind `-m slow`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from attncompiler.mechanisms.base import Kernel, Mechanism, discover, load_entry
+from attncompiler.mechanisms.case import Case, Cases
+from attncompiler.runtime.operator import Operator
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "offers(*names): only for mechanisms whose operator has all of these")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    wanted = set(metafunc.fixturenames)
+    if "device" in wanted:
+        metafunc.parametrize("device", [metafunc.config.getoption("--device")])
+    mechanisms = [mechanism for mechanism in discover().values() if _offers(metafunc, mechanism)]
+    if "kernel" in wanted:
+        names = [name for name in ("mechanism", "kernel", "dtype", "widest") if name in wanted]
+        metafunc.parametrize(names, [_row(entry, names) for entry in _kernels(mechanisms, wanted)])
+    elif "mechanism" in wanted:
+        metafunc.parametrize("mechanism", [pytest.param(mechanism, id=mechanism.name) for mechanism in mechanisms])
+
+
+def _offers(metafunc: pytest.Metafunc, mechanism: Mechanism) -> bool:
+    marker = metafunc.definition.get_closest_marker("offers")
+    if marker is None:
+        return True
+    operator: Operator = load_entry(mechanism.operator)
+    names = [*operator.inputs, *operator.outputs, *operator.options.model_fields]
+    return all(fnmatch.filter(names, pattern) for pattern in marker.args)
+
+
+def _kernels(mechanisms: list[Mechanism], wanted: set[str]) -> Iterator[dict[str, Any]]:
+    for mechanism in mechanisms:
+        for kernel in mechanism.kernels:
+            offered = [name for name in DTYPES if name in kernel.needs.dtypes]
+            dtypes = {"widest": [offered[0], "float32"], "dtype": offered}
+            column = next((column for column in dtypes if column in wanted), None)
+            if column is None:
+                yield {"mechanism": mechanism, "kernel": kernel}
+            for name in dict.fromkeys(dtypes[column]) if column else ():
+                yield {"mechanism": mechanism, "kernel": kernel, column: name}
+
+
+def _row(entry: dict[str, Any], names: list[str]) -> Any:
+    dtype = entry.get("dtype", entry.get("widest"))
+    slow = dtype == "float16" or (entry.get("widest") == "float32" and "float64" in entry["kernel"].needs.dtypes)
+    label = "-".join(filter(None, (entry["mechanism"].name, entry["kernel"].name, dtype)))
+    values = [DTYPES[entry[name]] if name in ("dtype", "widest") else entry[name] for name in names]
+    return pytest.param(*values, id=label, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.fixture(params=[pytest.param(6, id="few"), pytest.param(100, id="many", marks=pytest.mark.slow)])
+def for_cases(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`for_cases(check, *strategies)` calls the check with draws of the strategies; a smaller `share` of them."""
+
+    def run(check: Callable[..., None], *strategies: st.SearchStrategy[Any], share: float = 1.0) -> None:
+        count = max(2, round(request.param * share))
+        few = request.param < 10  # the fast lane draws the same cases each time
+        phases = (Phase.generate, Phase.shrink)
+        same = settings(max_examples=count, deadline=None, database=None, phases=phases, derandomize=few)
+        same(given(*strategies)(check))()
+
+    return run
+
+
+@pytest.fixture
+def cases(mechanism: Mechanism) -> Cases:
+    return load_entry(mechanism.cases)
+
+
+@pytest.fixture
+def other_kernels(mechanism: Mechanism, kernel: Kernel) -> list[Kernel]:
+    return [other for other in mechanism.kernels if other is not kernel]
+
+
+@pytest.fixture
+def batched(mechanism: Mechanism) -> frozenset[str]:
+    return batched_inputs(mechanism.cases)
+
+
+@cache
+def batched_inputs(entry: str) -> frozenset[str]:
+    """Inputs with a batch axis: those whose first axis is as long as the first input's in every one of many draws."""
+    cases: Cases = load_entry(entry)
+    found: dict[str, bool] = {}
+
+    @settings(max_examples=150, deadline=None, database=None, derandomize=True, phases=(Phase.generate,))
+    @given(cases.draw(), cases.extras())
+    def look(plain: Case, other: Case) -> None:
+        for case in (plain, other):
+            B = case.tensors[case.operator.inputs[0]].shape[0]
+            for name, tensor in case.tensors.items():
+                found[name] = found.get(name, True) and tensor.dim() > 0 and tensor.shape[0] == B
+
+    look()
+    return frozenset(name for name, always in found.items() if always)

@@ -1,0 +1,218 @@
+"""The budget itself: it keeps torch's own attention, and catches faults, in every mechanism and by every law."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attncompiler.mechanisms.attention.op import AttentionOptions
+from attncompiler.mechanisms.attention.pattern import SlidingWindow
+from attncompiler.mechanisms.base import Kernel, Mechanism, discover, load_entry
+from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+from attncompiler.testing.budget import Oracle, Verdict, judge
+from attncompiler.testing.conformance import (
+    conforms,
+    cotangents,
+    evaluate,
+    kernel_call,
+    prepared,
+    reference_call,
+    refusals_of,
+    truth,
+)
+from attncompiler.testing.poison import poisoned
+
+ATTENTION = discover()["attention"]
+
+
+def over(verdicts: tuple[Verdict, ...]) -> set[str]:
+    return {verdict.name for verdict in verdicts if not verdict.ok}
+
+
+# --- the arithmetic -----------------------------------------------------------------------------------------------
+
+
+def verdict_of(got: list[float], exact: list[float], low_error: list[float]) -> Verdict:
+    oracle = Oracle({"x": torch.tensor(exact).double()}, {"x": torch.tensor(low_error).double()}, eps=1e-3, scale=1.0)
+    return judge({"x": torch.tensor(got).double()}, oracle)[0]
+
+
+def test_a_budget_has_a_largest_error_and_an_rms() -> None:
+    verdict = verdict_of([1.0, 2.5], [1.0, 2.0], [0.2, 0.2])
+    assert verdict.max_error == 0.5
+    assert verdict.max_budget == pytest.approx(3 * 0.2 + 16e-3)
+    assert verdict.rms_error == pytest.approx(math.sqrt(0.5**2 / 2))
+    assert verdict.rms_budget == pytest.approx(2 * 0.2 + 4e-3)
+    assert verdict.ok
+    assert not verdict_of([1.0, 2.7], [1.0, 2.0], [0.2, 0.2]).ok
+
+
+def test_many_small_errors_are_over_where_one_is_not() -> None:
+    low_error = [0.2] + [0.0] * 99
+    assert verdict_of([0.1] + [0.0] * 99, [0.0] * 100, low_error).ok
+    assert not verdict_of([0.1] * 100, [0.0] * 100, low_error).ok
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_over(bad: float) -> None:
+    assert not verdict_of([bad, 1.0], [1.0, 1.0], [1.0, 1.0]).ok
+
+
+def test_an_infinite_truth_is_met_exactly_or_not_at_all() -> None:
+    assert verdict_of([-math.inf, 1.0], [-math.inf, 1.0], [0.0, 0.0]).ok
+    assert not verdict_of([-1e30, 1.0], [-math.inf, 1.0], [0.0, 0.0]).ok
+
+
+def test_what_the_dtype_cannot_hold_is_not_judged() -> None:
+    assert verdict_of([math.inf, 1.0], [1e6, 1.0], [math.inf, 0.0]).ok
+
+
+def test_results_must_be_those_expected() -> None:
+    oracle = Oracle({"x": torch.zeros(2).double()}, {"x": torch.zeros(2).double()}, 1e-3, 1.0)
+    with pytest.raises(ValueError, match="expected"):
+        judge({}, oracle)
+    with pytest.raises(ValueError, match="shape"):
+        judge({"x": torch.zeros(1, 2)}, oracle)
+
+
+# --- it keeps torch's own attention -------------------------------------------------------------------------------
+
+
+def torch_sdpa(case: Case) -> dict[str, Tensor]:
+    """F.scaled_dot_product_attention, causal; its lse is of no concern here."""
+    q, k, v = (case.tensors[name].transpose(1, 2) for name in "qkv")
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    return {"out": out, "lse": reference_call(ATTENTION)(case)["lse"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_budget_keeps_torch_sdpa(dtype: torch.dtype) -> None:
+    @settings(max_examples=15, deadline=None, database=None)
+    @given(*[st.sampled_from(VALUE_KINDS)] * 3, st.integers(1, 300), st.sampled_from([8, 32, 64]), st.integers(0, 999))
+    def check(q_kind: str, k_kind: str, v_kind: str, T: int, D: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        kinds = {"q": q_kind, "k": k_kind, "v": v_kind}
+        tensors = {name: values(kind, (1, T, 2, D), generator) for name, kind in kinds.items()}
+        operator = load_entry(ATTENTION.operator)
+        case = prepared(Case(operator, tensors, AttentionOptions(), causal=True), dtype)
+        assert not over(verdicts := conforms(ATTENTION, torch_sdpa, case, dtype)), "\n".join(map(str, verdicts))
+
+    check()
+
+
+# --- it catches faults --------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_wrong_by_one_percent_is_over(
+    mechanism: Mechanism, kernel: Kernel, device: str, cases: Cases, for_cases: Callable[..., None]
+) -> None:
+    """Every output and gradient by itself somewhere, and all of them together everywhere."""
+    caught: set[str] = set()
+    seen: set[str] = set()
+
+    def check(case: Case) -> None:
+        case = prepared(case, torch.float32, device)
+        if refusals_of(kernel, case):
+            return
+        grads = cotangents(case)
+        results, expected = (
+            evaluate(kernel_call(kernel.name), case, grads),
+            truth(mechanism, case, torch.float32, grads),
+        )
+        wrong = over(judge({name: tensor * 1.01 for name, tensor in results.items()}, expected))
+        assert wrong
+        caught.update(wrong)
+        seen.update(name for name, tensor in expected.exact.items() if tensor.isfinite().any() and tensor.any())
+
+    for_cases(check, cases.draw(), share=4)
+    assert seen <= caught
+
+
+def test_one_wrong_element_is_over(
+    mechanism: Mechanism, kernel: Kernel, device: str, cases: Cases, for_cases: Callable[..., None]
+) -> None:
+    def check(case: Case, place: int) -> None:
+        case = prepared(case, torch.float32, device)
+        if refusals_of(kernel, case):
+            return
+        grads = cotangents(case)
+        results, expected = (
+            evaluate(kernel_call(kernel.name), case, grads),
+            truth(mechanism, case, torch.float32, grads),
+        )
+        name = case.operator.differentiable_outputs[0]
+        flat = results[name].flatten()
+        flat[place % len(flat)] += 0.01 * expected.scale
+        assert over(judge(results | {name: flat.view_as(results[name])}, expected)) == {name}
+
+    for_cases(check, cases.draw(), st.integers(0, 10**6))
+
+
+def off_by_one_window(case: Case) -> dict[str, Tensor]:
+    """A copy of the reference whose window reaches one key too far."""
+    pattern = case.options.pattern
+    options = case.options.model_copy(update={"pattern": pattern.model_copy(update={"window": pattern.window + 1})})
+    return reference_call(ATTENTION)(replace(case, options=options))
+
+
+def top_left(case: Case) -> dict[str, Tensor]:
+    """A copy of the reference that aligns the first query with the first key, as torch's is_causal does."""
+    (B, T), S = case.tensors["q"].shape[:2], case.tensors["k"].shape[1]
+    places = {"q_positions": torch.arange(T).expand(B, T), "kv_positions": torch.arange(S).expand(B, S)}
+    return reference_call(ATTENTION)(case.given(**places))
+
+
+def detached_scale(case: Case) -> dict[str, Tensor]:
+    """A copy of the reference whose output is right and whose gradient of k is not."""
+    return reference_call(ATTENTION)(case.given(k=case.tensors["k"] * 0.5 + case.tensors["k"].detach() * 0.5))
+
+
+@pytest.mark.parametrize(("fault", "S"), [(off_by_one_window, 20), (top_left, 30), (detached_scale, 20)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_planted_fault_of_attention_is_over(
+    fault: Callable[[Case], dict[str, Tensor]], S: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (2, 20, 2, 16), "k": (2, S, 1, 16), "v": (2, S, 1, 16)}
+    tensors = {name: values("normal", shape, generator) for name, shape in shapes.items()}
+    options: Any = AttentionOptions(pattern=SlidingWindow(window=7))
+    case = prepared(Case(load_entry(ATTENTION.operator), tensors, options, causal=True), dtype)
+    assert not over(conforms(ATTENTION, reference_call(ATTENTION), case, dtype))
+    assert over(conforms(ATTENTION, fault, case, dtype))
+
+
+# --- uninitialised memory -----------------------------------------------------------------------------------------
+
+
+def test_uninitialised_memory_is_nan_while_poisoned() -> None:
+    x = torch.ones(3)
+    with poisoned():
+        made = (torch.empty(3), torch.empty_like(x), x.new_empty(3), torch.empty_strided((3,), (1,)))
+        assert not torch.empty(3, dtype=torch.int64).dtype.is_floating_point
+    assert all(tensor.isnan().all() for tensor in made)
+    assert not torch.zeros(3).isnan().any()
+
+
+def test_a_kernel_that_leaves_a_row_unwritten_is_over(mechanism: Mechanism, cases: Cases) -> None:
+    def unwritten(case: Case) -> dict[str, Tensor]:
+        results = reference_call(mechanism)(case)
+        name = case.operator.differentiable_outputs[0]
+        out = torch.empty_like(results[name])
+        out[:, 1:] = results[name][:, 1:]
+        return results | {name: out}
+
+    @settings(max_examples=3, deadline=None, database=None)
+    @given(cases.draw())
+    def check(case: Case) -> None:
+        name = case.operator.differentiable_outputs[0]
+        assert name in over(conforms(mechanism, unwritten, prepared(case, torch.float32), torch.float32))
+
+    check()

@@ -1,0 +1,154 @@
+"""Every kernel against the fp64 reference: outputs and gradients within the error budget, and clean habits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from attncompiler.errors import KernelError
+from attncompiler.mechanisms.base import Kernel, Mechanism, load_entry
+from attncompiler.mechanisms.case import Case, Cases
+from attncompiler.runtime.implementation import Implementation
+from attncompiler.testing.budget import judge
+from attncompiler.testing.conformance import (
+    conforms,
+    cotangents,
+    evaluate,
+    kernel_call,
+    prepared,
+    refusals_of,
+    truth,
+)
+from attncompiler.testing.poison import poisoned
+
+ForCases = Callable[..., None]
+
+
+def check_or_refuse(mechanism: Mechanism, kernel: Kernel, case: Case, dtype: torch.dtype) -> bool:
+    """Hold a prepared case to the budget, or to a refusal that says every reason. Whether the kernel served it."""
+    reasons = refusals_of(kernel, case)
+    if reasons:
+        with pytest.raises(KernelError) as error:
+            kernel_call(kernel.name)(case)
+        assert all(len(str(reason).split()) > 3 and str(reason) in str(error.value) for reason in reasons)
+        return False
+    verdicts = conforms(mechanism, kernel_call(kernel.name), case, dtype)
+    assert all(verdict.ok for verdict in verdicts), "\n".join(map(str, verdicts))
+    return True
+
+
+def test_plain_calls_are_within_the_budget(
+    mechanism: Mechanism, kernel: Kernel, dtype: torch.dtype, device: str, cases: Cases, for_cases: ForCases
+) -> None:
+    served = []
+
+    def check(case: Case) -> None:
+        served.append(check_or_refuse(mechanism, kernel, prepared(case, dtype, device), dtype))
+
+    for_cases(check, cases.draw(), share=2)
+    assert any(served), f"{kernel.name} refused every plain call"
+
+
+def test_every_option_is_within_the_budget_or_refused_in_words(
+    mechanism: Mechanism, kernel: Kernel, dtype: torch.dtype, device: str, cases: Cases, for_cases: ForCases
+) -> None:
+    served = []
+
+    def check(case: Case) -> None:
+        served.append(check_or_refuse(mechanism, kernel, prepared(case, dtype, device), dtype))
+
+    for_cases(check, cases.extras(), share=3)
+    assert any(served), f"{kernel.name} refused every call"
+
+
+def test_some_kernel_serves_every_case(mechanism: Mechanism, device: str, cases: Cases, for_cases: ForCases) -> None:
+    """`eager` accepts every option that cases.py draws, so no drawn case is without a kernel."""
+
+    def check(case: Case) -> None:
+        case = prepared(case, torch.float32, device)
+        assert not refusals_of(mechanism.kernel("eager"), case)
+
+    for_cases(check, cases.extras(), share=8)
+
+
+def test_deterministic_calls_are_bitwise_repeatable(
+    kernel: Kernel, device: str, cases: Cases, for_cases: ForCases
+) -> None:
+    def check(case: Case) -> None:
+        options = case.options.model_copy(update={"deterministic": True})
+        case = prepared(Case(case.operator, case.tensors, options, case.causal), torch.float32, device)
+        if refusals_of(kernel, case):
+            return
+        grads = cotangents(case)
+        first, second = (evaluate(kernel_call(kernel.name), case, grads) for _ in range(2))
+        for name in first:
+            assert torch.equal(first[name], second[name]), name
+
+    for_cases(check, cases.extras(), share=0.5)
+
+
+def test_a_backward_serves_what_any_kernel_ran_forward(
+    mechanism: Mechanism, kernel: Kernel, device: str, cases: Cases, other_kernels: list[Kernel], for_cases: ForCases
+) -> None:
+    """What a backward is given is inputs and outputs alone, so the chain may change kernel between the two."""
+
+    def check(case: Case) -> None:
+        case = prepared(case, torch.float32, device)
+        grads = cotangents(case)
+        expected = None
+        for forward in other_kernels:
+            if refusals_of(kernel, case) or refusals_of(forward, case):
+                continue
+            with torch.no_grad(), poisoned():
+                outputs = _implementation(forward).forward(case.tensors, case.options)
+                found = _implementation(kernel).backward(
+                    {name: grad.to(device) for name, grad in grads.items()}, case.tensors, outputs, case.options
+                )
+            expected = expected or truth(mechanism, case, torch.float32, grads)
+            verdicts = judge(outputs | {f"grad {name}": grad for name, grad in found.items()}, expected)
+            assert all(verdict.ok for verdict in verdicts), "\n".join([forward.name, *map(str, verdicts)])
+
+    for_cases(check, cases.extras())
+
+
+def test_a_kernel_is_pure(kernel: Kernel, device: str, cases: Cases, for_cases: ForCases) -> None:
+    """It changes no argument, shares no memory with one, and gives what the operator's fake promises."""
+
+    def check(case: Case) -> None:
+        case = prepared(case, torch.bfloat16, device)
+        if refusals_of(kernel, case):
+            return
+        run = _implementation(kernel)
+        grads = {name: grad.to(device) for name, grad in cotangents(case).items()}
+        given = {**case.tensors, **{f"cotangent {name}": grad for name, grad in grads.items()}}
+        before = {name: tensor.clone() for name, tensor in given.items()}
+        with torch.no_grad():
+            outputs = run.forward(case.tensors, case.options)
+            kept = {name: tensor.clone() for name, tensor in outputs.items()}
+            found = run.backward(grads, case.tensors, outputs, case.options)
+        assert all(torch.equal(before[name], given[name]) for name in given)
+        assert all(torch.equal(kept[name], outputs[name]) for name in outputs)
+        storages = _storages({**given})
+        assert not storages & _storages(outputs)
+        assert not (storages | _storages(outputs)) & _storages(found)
+        promised = case.operator.fake(case.tensors, case.options)
+        assert {name: (t.shape, t.dtype) for name, t in outputs.items()} == {
+            name: (t.shape, t.dtype) for name, t in promised.items()
+        }
+        differentiable = [name for name in case.operator.differentiable if name in case.tensors]
+        assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
+            name: (case.tensors[name].shape, case.tensors[name].dtype) for name in differentiable
+        }
+
+    for_cases(check, cases.extras())
+
+
+def _implementation(kernel: Kernel) -> Implementation:
+    return load_entry(kernel.entry)
+
+
+def _storages(tensors: dict[str, Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors.values() if tensor.numel()}
