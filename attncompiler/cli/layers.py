@@ -60,5 +60,6 @@ def totals(explained: dict[str, Any]) -> None:
         f"{seconds(model['step_seconds'])} at best, {model['tokens_per_second']:,.0f} tokens/s; "
         f"decode state {gib(model['state_bytes'])}"
     )
-    output.line(f"training {fit['plain']['verdict']}")
-    output.line(f"with activation checkpointing {fit['checkpointed']['verdict']}")
+    output.line()
+    rows = [("training", fit["plain"]["verdict"]), ("with checkpointing", fit["checkpointed"]["verdict"])]
+    output.table(("", ""), rows)

@@ -1,0 +1,237 @@
+"""What stands on disk is never lost: not to a build, an error, a full disk or a crash."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifact_models import build
+
+import attncompiler
+from attncompiler import AttnCompilerError, artifact
+from attncompiler.artifact import replace, weights
+from attncompiler.emit import CompiledModel
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def train(model: CompiledModel) -> CompiledModel:
+    with torch.no_grad():
+        model.norm.weight.add_(0.5)
+    return model
+
+
+@pytest.fixture
+def trained(saved: Path) -> Path:
+    """An artifact with trained weights."""
+    return attncompiler.save(train(attncompiler.load(saved, device="cpu")), saved)
+
+
+# --- trained weights ------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_trained_when_one_value_differs_from_the_seed(trained: Path, model: CompiledModel) -> None:
+    assert artifact.read(trained).manifest.weights == "trained"
+    assert artifact.read(artifact.write(model, trained, force=True)).manifest.weights == "initial"
+    assert (
+        artifact.read(attncompiler.save(attncompiler.load(trained, device="cpu"), trained)).manifest.weights
+        == "initial"
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_build_never_replaces_trained_weights(trained: Path, device: str) -> None:
+    before = content(trained)
+    with pytest.raises(AttnCompilerError, match=r"E304 .*trained weights.*--force"):
+        artifact.write(build(device=device), trained)
+    assert content(trained) == before
+    artifact.write(build(device=device), trained, force=True)
+    assert artifact.read(trained).manifest.weights == ("none" if device == "meta" else "initial")
+
+
+def test_weights_of_unknown_origin_count_as_trained(saved: Path, model: CompiledModel) -> None:
+    (saved / "manifest.json").write_text("{}")
+    before = content(saved)
+    with pytest.raises(AttnCompilerError, match=r"E304 .*manifest cannot be read"):
+        artifact.write(model, saved)
+    assert content(saved) == before
+
+
+def test_training_is_saved_over_training_and_a_build_over_a_build(
+    trained: Path, saved: Path, model: CompiledModel
+) -> None:
+    more = train(attncompiler.load(trained, device="cpu"))
+    artifact.write(more, trained)
+    assert torch.equal(attncompiler.load(trained, device="cpu").norm.weight, more.norm.weight)
+    other = artifact.write(model, trained.with_name("other"))
+    artifact.write(model, other)
+
+
+# --- other files ----------------------------------------------------------------------------------------------------
+
+
+def test_other_files_in_an_artifact_stay(trained: Path, model: CompiledModel) -> None:
+    (trained / "optimizer").mkdir()
+    (trained / "optimizer" / "state.safetensors").write_bytes(b"moments")
+    (trained / "notes.txt").write_text("mine")
+    (trained / "link").symlink_to("notes.txt")
+    attncompiler.save(model, trained)
+    assert (trained / "optimizer" / "state.safetensors").read_bytes() == b"moments"
+    assert (trained / "notes.txt").read_text() == "mine"
+    assert (trained / "link").is_symlink()
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_is_not_an_artifact_is_not_replaced(what: str, model: CompiledModel, tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    if what == "folder":
+        path.mkdir()
+        (path / "thesis.tex").write_text("years of work")
+    else:
+        path.write_text("years of work")
+    before = content(tmp_path)
+    with pytest.raises(AttnCompilerError, match=r"E301 .*not an artifact"):
+        attncompiler.save(model, path, force=True)
+    assert content(tmp_path) == before
+
+
+def test_an_empty_folder_is_filled_and_a_link_is_followed(model: CompiledModel, tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link").symlink_to("big")
+    attncompiler.save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert attncompiler.load(tmp_path / "big", device="cpu").spec.name == "small"
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_its_own(model: CompiledModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AttnCompilerError, match=r"E601 .*file/model cannot be written"):
+        attncompiler.save(model, tmp_path / "file" / "model")
+    assert content(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize("stage", ["store", "_write_files", "_sync_tree", "_swap"])
+def test_an_error_at_any_stage_leaves_what_was_there(
+    stage: str, trained: Path, model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    home = {"store": weights, "_write_files": artifact.write.__globals__, "_sync_tree": replace, "_swap": replace}[
+        stage
+    ]
+    before = content(trained.parent)
+    setter = monkeypatch.setitem if isinstance(home, dict) else monkeypatch.setattr
+    setter(home, stage, full)
+    with pytest.raises(AttnCompilerError, match=r"E601 .*disk is full"):
+        attncompiler.save(model, trained)
+    assert content(trained.parent) == before
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_rename_that_fails_leaves_what_was_there(
+    failing: int, trained: Path, model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.replace, []
+
+    def sometimes(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == failing:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        real(source, target)
+
+    before = content(trained.parent)
+    monkeypatch.setattr(os, "replace", sometimes)
+    with pytest.raises(AttnCompilerError, match=r"E601 .*Permission denied"):
+        attncompiler.save(model, trained)
+    monkeypatch.undo()
+    assert content(trained.parent) == before
+
+
+# --- crashes --------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The process ends: nothing touches the disk any more."""
+
+
+def kill_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the rename of that number on, every change to the disk is the process's end."""
+    real, calls = os.replace, []
+
+    def dying(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) >= number:
+            raise Killed
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+
+
+def crash(number: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    with monkeypatch.context() as patched:
+        kill_at(number, patched)
+        with pytest.raises(Killed):
+            attncompiler.save(model, path)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_after_a_crash_the_old_artifact_loads(number: int, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(trained)
+    crash(number, trained, monkeypatch)
+    assert trained.exists() == (number == 1)
+    loaded = attncompiler.load(trained, device="cpu")
+    assert torch.all(loaded.norm.weight == 1.5)
+    assert content(trained) == before
+
+
+def test_after_a_crash_the_next_save_is_protected_and_tidies_up(
+    trained: Path, model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash(2, trained, monkeypatch)
+    with pytest.raises(AttnCompilerError, match="E304"):
+        artifact.write(model, trained)
+    left = [entry for entry in trained.parent.iterdir() if entry != trained]
+    assert len(left) == 1
+    left[0].rename(left[0].with_name(left[0].name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")))
+    attncompiler.save(model, trained)
+    assert list(trained.parent.iterdir()) == [trained]
+
+
+def test_after_a_crash_once_the_new_one_stands_it_is_the_new_one(
+    trained: Path, model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda *_, **__: None)
+        attncompiler.save(model, trained)
+    assert len(list(trained.parent.iterdir())) == 2
+    assert artifact.read(trained).manifest.weights == "initial"
+    attncompiler.save(model, trained)
+    assert list(trained.parent.iterdir()) == [trained]
+
+
+def test_a_folder_made_meanwhile_hides_no_artifact_left_aside(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder is no obstacle; one with files is kept, and so is the artifact, which the error names."""
+    crash(2, trained, monkeypatch)
+    trained.mkdir()
+    assert torch.all(attncompiler.load(trained, device="cpu").norm.weight == 1.5)
+    crash(2, trained, monkeypatch)
+    trained.mkdir()
+    (trained / "notes.txt").write_text("mine")
+    before = content(trained.parent)
+    for action in (lambda: attncompiler.load(trained), lambda: attncompiler.save(build(), trained)):
+        with pytest.raises(AttnCompilerError, match=r"E301 .*interrupted save left .*attncompiler-old"):
+            action()
+    assert content(trained.parent) == before
