@@ -1,0 +1,32 @@
+"""Predicted decode state is what the emitted model holds after so many tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_specs import NAMES, example
+
+from attncompiler.mechanisms.base import discover
+from attncompiler.plan import plan
+from attncompiler.plan.cost import model_cost
+
+STEPPED = [
+    name
+    for name in NAMES
+    if name != "hybrid_13b" and all(discover()[each.kind].causal(each) for each in example(name).policies.values())
+]
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_decode_state_is_as_large_as_predicted(name: str) -> None:
+    from attncompiler.emit import emit
+
+    spec = example(name)
+    planned = plan(spec, "cpu")
+    model = emit(spec, planned, device="cpu")
+    state = model.init_state(2, 40)
+    with torch.no_grad():
+        _, state = model.step(torch.zeros(2, 33, dtype=torch.int64), state)
+        _, state = model.step(torch.zeros(2, 1, dtype=torch.int64), state)
+    held = sum(tensor.nbytes for layer in state["layers"].values() for tensor in layer.values())
+    assert model_cost(spec, planned, batch=2, seq_len=34).state_bytes == held
