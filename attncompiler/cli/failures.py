@@ -13,8 +13,6 @@ from typer.core import TyperCommand
 from attncompiler.cli import output
 from attncompiler.errors import AttnCompilerError, Diagnostic, Location
 
-USAGE_CODES = {"E602"}
-
 
 class Verb(TyperCommand):
     """A command whose coded errors, and the operating system's, are printed without a traceback."""
@@ -30,7 +28,7 @@ class Verb(TyperCommand):
             place = Location(str(error.filename)) if error.filename else None
             found = (Diagnostic("E603", error.strerror or str(error), place),)
         report(found, ctx.params.get("format"))
-        raise typer.Exit(2 if any(each.code in USAGE_CODES for each in found) else 1)
+        raise typer.Exit(1)
 
 
 def report(diagnostics: Iterable[Diagnostic], form: str | None) -> None:
