@@ -80,13 +80,24 @@ def test_segments_are_separate_calls(by: str, pattern: Any) -> None:
 
 
 @pytest.mark.parametrize("by", KERNELS)
-def test_segments_of_queries_and_keys_may_disagree(by: str) -> None:
-    """Cross attention between packed sequences: index ranges then say nothing."""
-    q, k, v = tensors(1, 12, 12)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_segments_of_queries_and_keys_may_disagree(by: str, pattern: Any) -> None:
+    """Cross attention between packed sequences: a token's index then says nothing of what it sees."""
+    leaves = tensors(1, 12, 12)
     mine, theirs = (torch.repeat_interleave(torch.arange(2), torch.tensor(n))[None] for n in ((3, 9), (8, 4)))
-    out = attention(q, k, v, pattern="full", segment_ids=mine, kv_segment_ids=theirs, kernel=by)
-    close(out[:, :3], attention(q[:, :3], k[:, :8], v[:, :8], pattern="full", kernel="eager"))
-    close(out[:, 3:], attention(q[:, 3:], k[:, 8:], v[:, 8:], pattern="full", kernel="eager"))
+    masks = {"segment_ids": mine, "kv_segment_ids": theirs}
+    expected = attention(*leaves, pattern=pattern, **masks, kernel="eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunkwise, "QUERIES", 2)
+        out = attention(*leaves, pattern=pattern, **masks, kernel=by)
+        found = gradients(out, leaves)
+    close(out, expected)
+    for got, grad in zip(found, gradients(expected, leaves), strict=True):
+        close(got, grad)
+    if pattern == "full":
+        q, k, v = leaves
+        close(out[:, :3], attention(q[:, :3], k[:, :8], v[:, :8], pattern="full", kernel="eager"))
+        close(out[:, 3:], attention(q[:, 3:], k[:, 8:], v[:, 8:], pattern="full", kernel="eager"))
 
 
 @pytest.mark.parametrize("by", KERNELS)

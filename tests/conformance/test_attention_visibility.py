@@ -42,6 +42,8 @@ def calls(draw: st.DrawFn) -> Call:
         if T > S:
             masks["kv_segment_ids"] = ids
             masks["segment_ids"] = torch.cat([ids[:, :1].expand(B, T - S), ids], 1)
+        if draw(st.integers(0, 3)) == 0:  # queries packed otherwise than keys
+            masks |= {"kv_segment_ids": ids, "segment_ids": torch.arange(T).expand(B, T) // draw(st.integers(1, 9))}
     if draw(st.booleans()):
         rows = [draw(st.tuples(st.sampled_from(["left", "right", "holes"]), st.integers(0, S))) for _ in range(B)]
         masks["attention_mask"] = torch.stack([padding(kind, count, S) for kind, count in rows])
@@ -121,21 +123,24 @@ def test_a_part_of_the_mask_is_that_part_of_the_whole(inputs: Call, pattern: Any
 
 # --- the ranges that chunkwise visits -------------------------------------------------------------------------------
 
+LEFT = call(9, 9, attention_mask=padding("left", 3, 9)[None])
+SHORT_THEN_LONG = call(8, 8, segment_ids=torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]]))
 
-@given(calls(), PATTERNS, st.integers(1, 9))
-@example(call(8, 8, segment_ids=torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])), SlidingWindow(window=1, global_tokens=2), 4)
-@example(call(8, 8, attention_mask=padding("left", 3, 8)[None]), SlidingWindow(window=1, global_tokens=2), 2)
-@example(
-    call(9, 9, attention_mask=padding("left", 3, 9)[None]), SlidingWindow(window=1, global_tokens=2, causal=False), 2
-)
-def test_every_visible_key_is_visited_exactly_once(inputs: Call, pattern: Any, size: int) -> None:
+
+@given(calls(), PATTERNS, st.integers(1, 9), st.integers(1, 9))
+@example(SHORT_THEN_LONG, SlidingWindow(window=1, global_tokens=2), 4, 9)
+@example(call(2, 1), SlidingWindow(window=1, causal=False), 1, 9)
+@example(LEFT, SlidingWindow(window=1, global_tokens=2), 2, 9)
+@example(LEFT, SlidingWindow(window=1, global_tokens=2, causal=False), 2, 9)
+def test_every_visible_key_is_visited_exactly_once(inputs: Call, pattern: Any, size: int, keys: int) -> None:
     seen = brute_force(inputs, pattern)
     visits = torch.zeros(seen.shape, dtype=torch.int64)
     view = chunkwise.View.of(inputs, pattern)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunkwise, "QUERIES", size)
+        patch.setattr(chunkwise, "KEYS", keys)
         for block in chunkwise._blocks(inputs, pattern, view.kv_positions):
-            for columns in block.columns:
+            for columns in chunkwise._tiles(block.columns):
                 hidden = view.hidden(block, columns)
                 shown = 1 if hidden is None else (~hidden[:, 0, 0]).long()
                 visits[block.batch, block.rows, columns] += shown

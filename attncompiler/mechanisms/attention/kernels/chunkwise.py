@@ -48,8 +48,9 @@ def _index_range(pattern: object, first: int, last: int) -> tuple[int, int]:
     return 0, last + 2**62
 
 
-def _is_symmetric_global(pattern: object) -> bool:
-    return isinstance(pattern, SlidingWindow) and not pattern.causal and pattern.global_tokens > 0
+def _rows_are_global(pattern: object) -> bool:
+    """Whether a query at a position below `global_tokens` (so with none, one before the first key) sees everything."""
+    return isinstance(pattern, SlidingWindow) and not pattern.causal
 
 
 def _global_tokens(pattern: object) -> int:
@@ -84,7 +85,7 @@ def _columns(pattern: object, first: int, last: int, S: int, runs: Runs | None) 
     low, high = _index_range(pattern, first, last)
     low, high = max(low, runs.begin[first] if runs else 0), min(high, runs.end[last] if runs else S)
     tokens = _global_tokens(pattern)
-    if _is_symmetric_global(pattern):
+    if _rows_are_global(pattern):
         seeing_all = [i for i in range(first, last + 1) if i - (runs.first[i] if runs else 0) < tokens]
         if seeing_all:
             low = min(low, runs.begin[seeing_all[0]] if runs else 0)
