@@ -88,8 +88,8 @@ def peak_bytes(prepare: Callable[..., Work], arguments: Sequence[object], small:
     """How far the memory of a fresh process rises while it runs what `prepare(*arguments)` returned.
 
     `prepare(*small)` is run before it, so that what libraries load at their first use is not counted; nor is what
-    `prepare` allocates. Where the system cannot forget a peak (Linux can), work that needs less than its preparation did
-    shows less than it needs. `prepare` must be a function of a module; the new process has the threads of this one.
+    `prepare` allocates. Where the system cannot forget a peak (Linux can), work that needs less than its preparation
+    shows less than it needs. `prepare` must be a function of a module; the new process has as many threads as this one.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
