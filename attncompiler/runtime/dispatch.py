@@ -64,7 +64,7 @@ def _walk(
             if site is not None:
                 site.refused(name, direction, refused)
             continue
-        results = _attempt(kernel, site, direction, call, reasons)
+        results = _attempt(kernel, site, direction, device, call, reasons)
         if results is not None:
             return results
     raise fail(
@@ -79,12 +79,14 @@ def _attempt(
     kernel: Kernel,
     site: registry.Record | None,
     direction: str,
+    device: str,
     call: Callable[[Implementation], dict[str, Tensor] | None],
     reasons: list[str],
 ) -> dict[str, Tensor] | None:
     """The kernel's results, or None when it has no such direction or failed and the chain may go on."""
     try:
-        results = call(load_entry(kernel.entry))
+        with torch.autocast(device, enabled=False):  # the door has cast; a kernel's fp32 accumulators stay fp32
+            results = call(load_entry(kernel.entry))
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
         reasons.append(f"{kernel.name}: failed with {cause}")

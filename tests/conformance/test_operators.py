@@ -1,0 +1,221 @@
+"""What each operator promises torch: opcheck, FLOP formulas, and memory linear in the length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from attncompiler.mechanisms.base import Kernel, Mechanism, discover, load_entry
+from attncompiler.mechanisms.case import Case, Cases
+from attncompiler.runtime.inputs import no_site
+from attncompiler.runtime.operator import options_text
+from attncompiler.testing import laws
+from attncompiler.testing.conformance import cotangents, kernel_call, prepared, refusals_of
+from attncompiler.testing.memory import PeakMemory
+
+LONG = 32768
+SAVED_PER_BYTE = 3
+GROWTH = 1.25
+"""How much more than the length memory may grow: tiles that were not yet full fill up."""
+
+
+def drawn(strategy: st.SearchStrategy[Case], count: int) -> list[Case]:
+    """Some cases, the same each time."""
+    found: list[Case] = []
+
+    @settings(max_examples=count, deadline=None, database=None, derandomize=True, phases=(Phase.generate,))
+    @given(strategy)
+    def collect(case: Case) -> None:
+        found.append(case)
+
+    collect()
+    return found
+
+
+def leaves(case: Case) -> dict[str, Tensor]:
+    differentiable = case.operator.differentiable
+    return {
+        name: tensor.detach().requires_grad_(name in differentiable and tensor.is_floating_point())
+        for name, tensor in case.tensors.items()
+    }
+
+
+def arguments(case: Case) -> tuple[list[Tensor], str, Tensor]:
+    """The raw arguments of the torch operator behind a case."""
+    tensors = leaves(case)
+    names = [name for name in case.operator.inputs if name in tensors]
+    return [tensors[name] for name in names], ",".join(names) + "|" + options_text(case.options), no_site()
+
+
+def smallest(cases: Cases, count: int, *, extras: bool = False) -> list[Case]:
+    """The cheapest few of many drawn cases of different inputs."""
+    by_inputs: dict[frozenset[str], Case] = {}
+    for case in drawn(cases.extras() if extras else cases.draw(), 40):
+        size = sum(tensor.numel() for tensor in case.tensors.values())
+        known = by_inputs.get(frozenset(case.tensors))
+        if laws.length(case) > 1 and (known is None or size < sum(t.numel() for t in known.tensors.values())):
+            by_inputs[frozenset(case.tensors)] = case
+    return sorted(by_inputs.values(), key=lambda case: -len(case.tensors))[:count]
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(1, torch.float32), pytest.param(6, torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
+def test_opcheck(mechanism: Mechanism, device: str, cases: Cases, count: int, dtype: torch.dtype) -> None:
+    """Schema, autograd registration, fake tensors, and tracing with dynamic shapes, forward and backward."""
+    for case in smallest(cases, count) + smallest(cases, count, extras=True):
+        operator = getattr(torch.ops.attncompiler, mechanism.name).default
+        torch.library.opcheck(operator, arguments(prepared(case, dtype, device)))
+
+
+def test_the_fake_promises_what_is_given(mechanism: Mechanism, device: str, cases: Cases) -> None:
+    """Shapes, dtypes and strides, for every optional input; the stride of an axis of one element is anyone's."""
+
+    def layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, list[int]]:
+        pairs = zip(tensor.shape, tensor.stride(), strict=True)
+        return tensor.shape, tensor.dtype, [stride for size, stride in pairs if size > 1]
+
+    for case in drawn(cases.extras(), 20):
+        for dtype in (torch.float32, torch.bfloat16):
+            ready = prepared(case, dtype, device)
+            promised = ready.operator.fake(ready.tensors, ready.options)
+            for name, tensor in kernel_call()(ready).items():
+                assert layout(tensor) == layout(promised[name]), name
+
+
+def test_flops_are_registered_and_grow_with_the_length(mechanism: Mechanism, device: str, cases: Cases) -> None:
+    case = prepared(smallest(cases, 1)[0], torch.float32, device)
+
+    def count(case: Case) -> tuple[int, int]:
+        outputs = None
+        with FlopCounterMode(display=False) as forward:
+            outputs = case.operator(leaves(case), options_text(case.options), no_site())
+        names = case.operator.differentiable_outputs
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.backward(
+                [outputs[name] for name in names], [torch.ones_like(outputs[name]) for name in names]
+            )
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    short, long = count(stretched(case, 64)), count(stretched(case, 128))
+    assert short[0] > 0
+    assert short[1] >= short[0]
+    assert long[0] >= 1.9 * short[0]
+    assert long[1] >= 1.9 * short[1]
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def stretched(case: Case, length: int) -> Case:
+    """The case with its tokens repeated up to a length."""
+
+    def repeat(tensor: Tensor, axis: int) -> Tensor:
+        times = -(-length // tensor.shape[axis])
+        return torch.cat([tensor] * times, axis).narrow(axis, 0, length).contiguous()
+
+    return widened(case, length).map(repeat)
+
+
+def widened(case: Case, length: int) -> Case:
+    """The case with room for `length` tokens in inputs that are read by token, beside the sequence: projections."""
+    room = {
+        name: tensor.repeat(*[1] * (tensor.dim() - 1), -(-length // tensor.shape[-1]))[..., :length].contiguous()
+        for name, tensor in case.tensors.items()
+        if name.endswith("_projection")
+    }
+    return case.given(**room)
+
+
+def accepted_when_long(kernel: Kernel, cases: Cases, device: str) -> Iterator[Case]:
+    """Cases that the kernel serves at T 32k, cheapest first: those it must serve in linear memory."""
+
+    def flops(case: Case) -> int:
+        long = stretched(case, LONG)
+        return sum(case.operator.flops({n: tuple(t.shape) for n, t in long.tensors.items()}, case.options))
+
+    tiny = [prepared(case, torch.float32, device) for case in drawn(cases.draw(), 30)]
+    tiny = sorted(tiny, key=lambda case: sum(tensor.numel() for tensor in case.tensors.values()))[:12]
+    return (case for case in sorted(tiny, key=flops) if not refusals_of(kernel, stretched(case, LONG)))
+
+
+def skip_reference(kernel: Kernel) -> None:
+    if kernel.name == "eager":
+        pytest.skip("needs a kernel that is not the reference, whose memory is quadratic")
+
+
+def test_saved_for_backward_is_at_most_three_times_inputs_and_outputs(
+    kernel: Kernel, device: str, cases: Cases
+) -> None:
+    skip_reference(kernel)
+    case = stretched(next(accepted_when_long(kernel, cases, device)), LONG)
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    options = case.options.model_copy(update={"kernel": (kernel.name,)})
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = case.operator(leaves(case), options_text(options), no_site())
+    given_ = [*case.tensors.values(), *outputs.values()]
+    assert saved
+    assert sum(saved.values()) <= SAVED_PER_BYTE * sum(tensor.untyped_storage().nbytes() for tensor in given_)
+
+
+@pytest.mark.parametrize("length", [1024, pytest.param(LONG // 4, marks=pytest.mark.slow)])
+def test_memory_is_linear_in_the_length(kernel: Kernel, device: str, cases: Cases, length: int) -> None:
+    """The peak of forward and of backward, at one length and at four times that."""
+    skip_reference(kernel)
+    for number, case in enumerate(accepted_when_long(kernel, cases, device)):
+        if number == 3:
+            break
+        peaks = [peak(kernel, stretched(case, T)) for T in (length, 4 * length)]
+        for short, long in zip(*peaks, strict=True):
+            assert long <= 4 * GROWTH * short, case
+
+
+def test_the_memory_of_all_pairs_is_not_linear(device: str) -> None:
+    """Attention's reference makes them, so the test above can fail."""
+    mechanism = discover()["attention"]
+    case = prepared(smallest(load_entry(mechanism.cases), 1)[0], torch.float32, device)
+    short, long = (peak(mechanism.kernel("eager"), stretched(case, T)) for T in (256, 1024))
+    assert long[0] > 4 * GROWTH * short[0]
+    assert long[1] > 4 * GROWTH * short[1]
+
+
+def peak(kernel: Kernel, case: Case) -> tuple[int, int]:
+    """Bytes at once in forward and in backward, beside what they are given."""
+    implementation = load_entry(kernel.entry)
+    grads = {name: grad.to(case.tensors[case.operator.inputs[0]].device) for name, grad in cotangents(case).items()}
+    with torch.no_grad():
+        with PeakMemory() as forward:
+            outputs = implementation.forward(case.tensors, case.options)
+        with PeakMemory() as backward:
+            implementation.backward(grads, case.tensors, outputs, case.options)
+    return forward.peak, backward.peak
+
+
+@pytest.mark.parametrize(
+    ("compute", "expected"),
+    [
+        (lambda x: [x + 1, x + 2], 8000),
+        (lambda x: (x + 1).sum(), 4004),
+        (lambda x: (x + 1).mul_(2).view(10, 100).T, 4000),
+        (lambda x: ((x + 1) * 2) + 3, 8000),
+    ],
+    ids=["two at once", "one after the other", "in place and views", "a chain"],
+)
+def test_peak_memory_counts(compute: Callable[[Tensor], object], expected: int) -> None:
+    x = torch.zeros(1000)
+    with PeakMemory() as memory:
+        result = compute(x)
+    assert memory.peak == expected
+    del result
+    assert memory.live == 0

@@ -1,0 +1,165 @@
+"""The operators as functions: under torch.compile and autocast, by kernel name, and at the door."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attncompiler import ops
+from attncompiler.errors import InputError, KernelError
+from attncompiler.mechanisms.base import discover
+
+B, T, H, D = 2, 12, 4, 8
+
+
+def made(*shape: int, positive: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    values = torch.rand(shape, generator=generator) if positive else torch.randn(shape, generator=generator)
+    return values.requires_grad_()
+
+
+def attention_inputs() -> dict[str, Tensor]:
+    return {"q": made(B, T, H, D), "k": made(B, T, 2, D), "v": made(B, T, 2, D)}
+
+
+def linear_attention_inputs() -> dict[str, Tensor]:
+    return {"q": made(B, T, H, D), "k": made(B, T, H, D), "v": made(B, T, H, D)}
+
+
+def linformer_inputs() -> dict[str, Tensor]:
+    return linear_attention_inputs() | {"key_projection": made(5, T), "value_projection": made(5, T)}
+
+
+def selective_scan_inputs() -> dict[str, Tensor]:
+    sizes = {"u": made(B, T, 6), "dt": made(B, T, 6), "A": made(6, 4, positive=True).neg().detach().requires_grad_()}
+    return sizes | {"B": made(B, T, 4), "C": made(B, T, 4), "D": made(6)}
+
+
+def ssd_inputs() -> dict[str, Tensor]:
+    sizes = {"x": made(B, T, H, D), "dt": made(B, T, H), "A": made(H, positive=True).neg().detach().requires_grad_()}
+    return sizes | {"B": made(B, T, 1, 4), "C": made(B, T, 1, 4), "D": made(H)}
+
+
+CALLS: Mapping[str, Callable[[], dict[str, Tensor]]] = {
+    "attention": attention_inputs,
+    "linear_attention": linear_attention_inputs,
+    "linformer": linformer_inputs,
+    "selective_scan": selective_scan_inputs,
+    "ssd": ssd_inputs,
+}
+
+
+@pytest.fixture(params=sorted(CALLS))
+def call(request: pytest.FixtureRequest, device: str) -> tuple[Callable[..., Any], dict[str, Tensor]]:
+    tensors = {name: t.detach().to(device).requires_grad_() for name, t in CALLS[request.param]().items()}
+    return getattr(ops, request.param), tensors
+
+
+def results(function: Callable[..., Any], tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """The output, and the gradient of every tensor."""
+    out = function(**tensors, **options)
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), list(tensors.values()))]
+
+
+def test_every_mechanism_is_a_public_function() -> None:
+    assert sorted(CALLS) == sorted(ops.__all__)
+    assert len(ops.__all__) == len(discover())
+
+
+def test_gradients_reach_every_tensor(call: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
+    function, tensors = call
+    for grad in results(function, tensors):
+        assert grad.isfinite().all()
+        assert grad.any()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(call: tuple[Callable[..., Any], dict[str, Tensor]], backend: str) -> None:
+    function, tensors = call
+    torch.compiler.reset()
+    compiled = torch.compile(lambda **given: function(**given) * 2, fullgraph=True, backend=backend)
+    eager = results(lambda **given: function(**given) * 2, tensors)
+    for ours, theirs in zip(results(compiled, tensors), eager, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_eager_is_a_choice_and_agrees(call: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
+    function, tensors = call
+    chosen = results(function, tensors, kernel="eager")
+    for ours, reference in zip(results(function, tensors), chosen, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+    for ours, reference in zip(results(function, tensors, kernel=["eager"]), chosen, strict=True):
+        assert torch.equal(ours, reference)
+
+
+def test_an_unknown_kernel_is_an_error(call: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
+    function, tensors = call
+    with pytest.raises(InputError, match=r"E403 unknown kernel 'quick'.*eager"):
+        function(**tensors, kernel="quick")
+    with pytest.raises(InputError, match="E403"):
+        function(**tensors, kernel=[])
+
+
+def test_a_kernel_that_is_not_built_refuses_in_words(call: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
+    function, tensors = call
+    with pytest.raises(KernelError, match=r"E501 .*host: not built in this version"):
+        function(**tensors, kernel="host")
+
+
+def test_shapes_are_checked_at_the_door(call: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
+    """An axis too many in any input, or one number too many in the first, is an error with a code."""
+    function, tensors = call
+    for name, tensor in tensors.items():
+        with pytest.raises(InputError, match="E401"):
+            function(**tensors | {name: tensor[None]})
+    first = next(iter(tensors))
+    wider = torch.cat([tensors[first], tensors[first][..., :1]], -1)
+    with pytest.raises(InputError, match="E401"):
+        function(**tensors | {first: wider})
+
+
+def test_dtypes_are_checked_at_the_door(call: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
+    function, tensors = call
+    first = next(iter(tensors))
+    with pytest.raises(InputError, match="E402"):
+        function(**tensors | {first: tensors[first].to(torch.int64)})
+
+
+def test_signatures_share_their_options(call: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
+    function, _ = call
+    parameters = inspect.signature(function).parameters
+    assert parameters["kernel"].default == "auto"
+    assert parameters["attention_mask"].default is None
+    assert function.__doc__ is not None
+    assert "Raises InputError" in function.__doc__
+
+
+@pytest.mark.parametrize("name", ["attention", "linear_attention", "linformer"])
+def test_autocast_lowers_attention(name: str, device: str) -> None:
+    """In the caller's autocast the matrix products run in its dtype; gradients come back in the tensors' own."""
+    function = getattr(ops, name)
+    tensors = {key: t.detach().to(device).requires_grad_() for key, t in CALLS[name]().items()}
+    with torch.autocast(device, dtype=torch.bfloat16):
+        lowered = results(function, tensors)
+    lower = {key: t.detach().to(torch.bfloat16).requires_grad_() for key, t in tensors.items()}
+    assert lowered[0].dtype == torch.bfloat16
+    for ours, expected in zip(lowered, results(function, lower), strict=True):
+        assert torch.equal(ours.to(torch.bfloat16), expected)
+    assert all(grad.dtype == torch.float32 for grad in lowered[1:])
+
+
+@pytest.mark.parametrize("name", ["selective_scan", "ssd"])
+def test_autocast_keeps_the_recurrence_in_fp32(name: str, device: str) -> None:
+    """A, dt_bias and states lose too much in a low dtype: their gradients are those of fp32 tensors."""
+    tensors = {key: t.detach().to(device).requires_grad_() for key, t in CALLS[name]().items()}
+    with torch.autocast(device, dtype=torch.bfloat16):
+        lowered = results(getattr(ops, name), tensors)
+    assert all(grad.dtype == torch.float32 for grad in lowered[1:])
+    for ours, exact in zip(lowered, results(getattr(ops, name), tensors), strict=True):
+        torch.testing.assert_close(ours.float(), exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
