@@ -47,9 +47,10 @@ def extras(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
         kind = draw(st.sampled_from(VALUE_KINDS))
-        added["initial_s"] = values(kind, (B, H, D, V), generator)
-        # a sum of features that are not negative, as every state that this operator gave is under a normaliser
-        added["initial_z"] = values(kind, (B, H, D), generator).abs()
+        # as a state that the operator gave: z sums features that are not negative, and S averages values by them
+        z = values(draw(st.sampled_from(VALUE_KINDS)), (B, H, D), generator).abs()
+        added["initial_s"] = values(kind, (B, H, D, V), generator) * z[..., None]
+        added["initial_z"] = z
         added["initial_m"] = values("normal", (B, H), generator)
     return case.given(**added)
 

@@ -71,13 +71,13 @@ KERNELS = (
     Kernel(
         name="sdpa",
         entry="attncompiler.mechanisms.linformer.kernels.sdpa:KERNEL",
-        needs=Needs(features={"padding": ANY, "deterministic": ANY}, device_types=("cpu",)),
+        needs=Needs(features={"padding": ANY, "deterministic": ANY}),
         summary="keys and values projected by one matrix product each, then torch's fused attention",
     ),
     Kernel(
         name="eager",
         entry="attncompiler.mechanisms.linformer.reference:EAGER",
-        needs=Needs(features={"padding": ANY, "deterministic": ANY, "value_width": ANY}),
+        needs=Needs(features={"padding": ANY, "deterministic": ANY}),
         summary="the reference itself: every option, all T×R scores in memory",
     ),
 )

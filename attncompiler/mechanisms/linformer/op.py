@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from attncompiler.errors import InputError, fail
@@ -18,25 +17,17 @@ INPUTS = ("q", "k", "v", "key_projection", "value_projection", "attention_mask")
 
 
 class LinformerOptions(OperatorOptions):
-    """What a call of the operator asks, beside its tensors.
-
-    Beside `out` the operator gives `lse` (B, H, T), the natural logarithm of the softmax's denominator, which its
-    backward needs.
-    """
+    """What a call of the operator asks, beside its tensors: nothing of its own."""
 
 
 def _fake(inputs: Tensors, options: LinformerOptions) -> dict[str, Tensor]:
     q, v = inputs["q"], inputs["v"]
     B, T, H, _ = q.shape
-    return {
-        "out": q.new_empty(B, T, H, v.shape[-1]),
-        "lse": q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32)),
-    }
+    return {"out": q.new_empty(B, T, H, v.shape[-1])}
 
 
 def _features(inputs: Tensors, options: LinformerOptions) -> Mapping[str, Value]:
-    D, V = inputs["q"].shape[-1], inputs["v"].shape[-1]
-    return {"padding": "attention_mask" in inputs, "value_width": V if V != D else None}
+    return {"padding": "attention_mask" in inputs}
 
 
 OPERATOR = define(
@@ -44,9 +35,9 @@ OPERATOR = define(
         name="linformer",
         inputs=INPUTS,
         differentiable=("q", "k", "v", "key_projection", "value_projection"),
-        outputs=("out", "lse"),
+        outputs=("out",),
         differentiable_outputs=("out",),
-        sequence={**dict.fromkeys(("q", "k", "v", "attention_mask", "out"), 1), "lse": 2},
+        sequence=dict.fromkeys(("q", "k", "v", "attention_mask", "out"), 1),
         low_precision=("q", "k", "v", "key_projection", "value_projection"),
         options=LinformerOptions,
         fake=_fake,

@@ -11,7 +11,7 @@ from attncompiler.runtime.implementation import Tensors, from_reference
 
 
 def linformer(inputs: Tensors, options: LinformerOptions) -> dict[str, Tensor]:
-    """q (B, T, H, D), k (B, S, H, D), v (B, S, H, V) → out (B, T, H, V) in q's dtype, lse (B, H, T) in fp32 or fp64."""
+    """q (B, T, H, D), k (B, S, H, D), v (B, S, H, V) → out (B, T, H, V) in q's dtype."""
     q, mask = inputs["q"], inputs.get("attention_mask")
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = _project(inputs["k"], inputs["key_projection"], mask)
@@ -21,7 +21,7 @@ def linformer(inputs: Tensors, options: LinformerOptions) -> dict[str, Tensor]:
     out = torch.einsum("bhtr,bhrv->bthv", probabilities.to(wide), values.to(wide))
     if mask is not None:
         out = torch.where(query_mask(mask, q.shape[1])[..., None, None], out, 0)
-    return {"out": out.to(q.dtype), "lse": scores.logsumexp(-1).detach()}
+    return {"out": out.to(q.dtype)}
 
 
 def _project(x: Tensor, projection: Tensor, mask: Tensor | None) -> Tensor:

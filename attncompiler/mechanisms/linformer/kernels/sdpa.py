@@ -1,55 +1,47 @@
-"""Keys and values projected by one matrix product each, then torch's fused attention for the CPU.
+"""Keys and values projected by one matrix product each, then torch's fused attention.
 
-The backward projects again, rather than keep what the inputs give, and sums the projections' gradients in fp32.
+The backward projects again, and takes the softmax's gradient from the probabilities themselves, made again for some
+queries at a time: by way of the output, as fused backwards do, rounding would be multiplied by the keys' size once
+more in the gradient of the projection.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from attncompiler.mechanisms.linformer.op import LinformerOptions
 from attncompiler.mechanisms.linformer.padding import columns, query_mask
 from attncompiler.runtime.implementation import Implementation, Tensors
 
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+SCORES = 2**20
+"""Probabilities, over all heads, that the backward holds at once."""
 
 
 def forward(inputs: Tensors, options: LinformerOptions) -> dict[str, Tensor]:
-    """q, k, v (B, ·, H, D) → out (B, T, H, D) and lse (B, H, T)."""
+    """q (B, T, H, D), k (B, S, H, D), v (B, S, H, V) → out (B, T, H, V)."""
     q, mask = inputs["q"], inputs.get("attention_mask")
     keys = _project(_moved(inputs["k"], mask), inputs["key_projection"])
     values = _project(_moved(inputs["v"], mask), inputs["value_projection"])
-    out, lse = _attend(_heads_first(q), keys, values)
-    out = out.transpose(1, 2).contiguous()
+    # torch's kernel for CPUs reads rows of D as contiguous without a check
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    out = scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2).contiguous()
     if mask is not None:
         out.mul_(query_mask(mask, q.shape[1])[..., None, None])
-    return {"out": out, "lse": lse.contiguous()}
+    return {"out": out}
 
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: LinformerOptions) -> dict[str, Tensor]:
     """Gradients of q, k, v and of both projections; columns that were not read have 0."""
-    q, mask = inputs["q"], inputs.get("attention_mask")
-    grad = grads["out"]
-    if mask is not None:
-        grad = grad * query_mask(mask, q.shape[1])[..., None, None]
+    mask = inputs.get("attention_mask")
     k, v = _moved(inputs["k"], mask), _moved(inputs["v"], mask)
     keys, values = _project(k, inputs["key_projection"]), _project(v, inputs["value_projection"])
-    dq, dkeys, dvalues = _attend_backward(
-        _heads_first(grad),
-        _heads_first(q),
-        keys,
-        values,
-        _heads_first(outputs["out"]),
-        outputs["lse"],
-        0.0,
-        False,
-    )
+    dq, dkeys, dvalues = _attend_backward(grads["out"], inputs["q"], _wide(keys), _wide(values), mask)
     dk, dkey_projection = _project_backward(dkeys, k, inputs["key_projection"])
     dv, dvalue_projection = _project_backward(dvalues, v, inputs["value_projection"])
     return {
-        "q": dq.transpose(1, 2).contiguous(),
+        "q": dq,
         "k": _moved_back(dk, mask),
         "v": _moved_back(dv, mask),
         "key_projection": dkey_projection,
@@ -57,12 +49,30 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Linform
     }
 
 
+def _attend_backward(
+    grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad (B, T, H, V), q (B, T, H, D) → dq in q's dtype; keys (B, H, R, D), values (B, H, R, V) → theirs, wide."""
+    B, T, H, D = q.shape
+    scale = D**-0.5
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+    rows = max(1, SCORES // (B * H * keys.shape[2]))
+    for start in range(0, T, rows):
+        part = slice(start, start + rows)
+        q_part, grad_part = _wide(q[:, part]).transpose(1, 2), _wide(grad[:, part]).transpose(1, 2)
+        if mask is not None:
+            grad_part = grad_part * query_mask(mask, T)[:, None, part, None]
+        probabilities = (q_part @ keys.mT).mul_(scale).softmax(-1)
+        dvalues += probabilities.mT @ grad_part
+        dprobabilities = grad_part @ values.mT
+        dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype).mul_(scale)
+        dq[:, part] = (dscores @ keys).transpose(1, 2)
+        dkeys += dscores.mT @ q_part
+    return dq, dkeys, dvalues
+
+
 KERNEL = Implementation(forward, backward)
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """(B, T, H, D) → (B, H, T, D), a view; torch's kernel reads rows of D as contiguous without a check."""
-    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 
 def _wide(x: Tensor) -> Tensor:
