@@ -47,7 +47,7 @@ def show(title: str, rows: Sequence[Row], format: Format) -> None:
         caption=f"torch {about['torch']}, {about['threads']} threads, {about['machine']}; median (fastest–slowest)",
     )
     for index, name in enumerate(rows[0] if rows else ()):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
