@@ -11,6 +11,8 @@ from attncompiler.mechanisms.base import Cost, MixerSize
 from attncompiler.mechanisms.linformer.mechanism import LinformerPolicy
 
 FP32 = 4
+SCORES = 2**20
+"""probabilities that the kernel's backward holds at once"""
 
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:
@@ -31,7 +33,7 @@ def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple
 def cost(policy: LinformerPolicy, size: MixerSize) -> Cost:
     """Projections of the width, projections of the length and the operator.
 
-    Autograd keeps the layer's input, q, k and v, and the operator's outputs.
+    Autograd keeps the layer's input, q, k and v, and the operator's output.
     """
     M, H, R = size.hidden_size, policy.num_attention_heads, policy.projected_length
     D = policy.head_width(M)
@@ -41,7 +43,7 @@ def cost(policy: LinformerPolicy, size: MixerSize) -> Cost:
     forward, backward = operator_flops({"q": shape, "v": shape, "key_projection": (R, size.seq_len)}, policy)
     table = math.prod(policy.projection_shape(size.max_position_embeddings))
     tables = table if policy.share == "kv" else 2 * table
-    heads, lse = n * H * D * itemsize, n * H * max(itemsize, FP32)
+    heads = n * H * D * itemsize
     total = blocks.linear(n, H * D, M, out_bias, itemsize)
     for _ in range(3):
         total = total + blocks.linear(n, M, H * D, qkv_bias, itemsize)
@@ -49,9 +51,9 @@ def cost(policy: LinformerPolicy, size: MixerSize) -> Cost:
         parameters=tables,
         forward_flops=forward,
         backward_flops=backward,
-        forward_bytes=4 * heads + lse + tables * itemsize,
-        backward_bytes=8 * heads + lse + 2 * tables * itemsize,
-        saved_bytes=n * M * itemsize + 4 * heads + lse,
+        forward_bytes=4 * heads + tables * itemsize,
+        backward_bytes=8 * heads + 2 * tables * itemsize,
+        saved_bytes=n * M * itemsize + 4 * heads,
         workspace_bytes=4 * heads + _kernel_workspace(policy, size),
     )
 
@@ -61,5 +63,6 @@ def _kernel_workspace(policy: LinformerPolicy, size: MixerSize) -> int:
     B, T, H, R = size.batch, size.seq_len, policy.num_attention_heads, policy.projected_length
     if size.kernel == "eager":
         return 6 * B * H * T * R * max(size.itemsize, FP32)
-    # projected keys and values, and their gradients
-    return 4 * B * R * H * policy.head_width(size.hidden_size) * size.itemsize
+    # projected keys and values and their gradients; probabilities of some queries, and three tensors made from them
+    rows = min(T, max(1, SCORES // (B * H * R)))
+    return (4 * B * R * H * policy.head_width(size.hidden_size) + 4 * B * H * rows * R) * max(size.itemsize, FP32)
