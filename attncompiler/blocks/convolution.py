@@ -38,16 +38,16 @@ class CausalConv1d(nn.Module):
         x: Tensor,
         attention_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        state: Tensor | None = None,
+        state: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, E), attention_mask and segment_ids (B, T), state (B, E, W−1) → (B, T, E), the new state or None.
+        """x (B, T, E), attention_mask and segment_ids (B, T) → (B, T, E), and the new (B, E, W−1) where there is a state.
 
-        Padding gives 0 to every tap that meets it. Without a state it may stand on either side; with one, anywhere.
+        `state` is the layer's decode state, with the convolution's part under "conv". Padding gives 0 to every tap that meets it. Without a state it may stand on either side; with one, anywhere.
         """
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         mask = None if attention_mask is None else attention_mask != 0
         if state is not None:
-            return self._step(x, weight, bias, mask, state)
+            return self._step(x, weight, bias, mask, state["conv"])
         if mask is not None:
             x = x * mask[..., None]
         runs = None if segment_ids is None else run_numbers(segment_ids, mask)
@@ -60,27 +60,20 @@ class CausalConv1d(nn.Module):
         before = state.transpose(1, 2).to(x.dtype)
         if mask is None:
             extended = torch.cat([before, x], 1)
-            return _causal_conv_silu(extended, weight, bias, None)[:, kept:], _last(extended, kept).to(state.dtype)
+            last = extended[:, extended.shape[1] - kept :].transpose(1, 2)
+            return _causal_conv_silu(extended, weight, bias, None)[:, kept:].contiguous(), last.to(state.dtype).contiguous()
         # real tokens first, so that no tap meets padding; then everything back to its place
-        order = (~mask).to(torch.uint8).argsort(1, stable=True)
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
         gathered = x.gather(1, order[..., None].expand_as(x))
         extended = torch.cat([before, gathered], 1)
         out = _causal_conv_silu(extended, weight, bias, None)[:, kept:]
         index = mask.sum(1, keepdim=True) + torch.arange(kept, device=x.device)
         last = extended.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
         restored = out.gather(1, order.argsort(1)[..., None].expand_as(out)) * mask[..., None]
-        return restored, last.transpose(1, 2).to(state.dtype)
-
-    def init_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """No tokens yet: zeros (B, E, W−1)."""
-        return torch.zeros(batch, self.weight.shape[0], self.width - 1, device=device, dtype=dtype)
+        return restored, last.transpose(1, 2).to(state.dtype).contiguous()
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, width={self.width}, bias={self.bias is not None}, silu"
-
-
-def _last(x: Tensor, count: int) -> Tensor:
-    return x[:, x.shape[1] - count :].transpose(1, 2).contiguous()
 
 
 def _causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor | None) -> Tensor:

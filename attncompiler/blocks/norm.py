@@ -59,6 +59,24 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class GatedRMSNorm(RMSNorm):
+    """rms_norm(x · silu(gate)), or rms_norm(x) · silu(gate) with the norm first (Mamba-2's norm).
+
+    x, gate (…, width) → (…, width), in x's dtype; the gate is applied in fp32 for lower dtypes.
+    """
+
+    def __init__(self, width: int, eps: float, norm_before_gate: bool = False):
+        super().__init__(width, eps)
+        self.norm_before_gate = norm_before_gate
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        opened = F.silu(gate.to(wide))
+        if self.norm_before_gate:
+            return (rms_norm(x.to(wide), self.weight, self.eps) * opened).to(x.dtype)
+        return rms_norm(x.to(wide) * opened, self.weight, self.eps).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """Layer norm with weight and bias (Ba et al. 2016, https://arxiv.org/abs/1607.06450). x (…, width) → (…, width)."""
 
