@@ -17,7 +17,6 @@ from attncompiler import spec as specs
 from attncompiler import targets
 from attncompiler.errors import ArtifactError, fail
 from attncompiler.plan import Plan
-from attncompiler.plan import explain as explain_plan
 from attncompiler.plan import plan as plan_for
 from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.detect import detect_environment, detect_target
@@ -61,6 +60,8 @@ def explain(
 ) -> dict[str, dict[str, Any]]:
     """Per target: chains, refusals and cost of every layer, and whether training fits. Plain data."""
     spec = read(source)
+    from attncompiler.plan import explain as explain_plan
+
     return {name: explain_plan(spec, each, batch=batch, seq_len=seq_len) for name, each in plan(spec, target).items()}
 
 
@@ -71,17 +72,27 @@ def build(
     dtype: torch.dtype | None = None,
     target: str | Target | None = None,
     overrides: Sequence[str] = (),
+    elsewhere: bool = False,
 ) -> CompiledModel:
     """The spec as a torch.fx.GraphModule, with weights drawn from its seed. Writes nothing.
 
     It is planned for `target`, default the machine at hand, and placed on `device`: "cpu", "cuda" or "meta" (no
-    weights); `dtype` replaces the spec's. Raises SpecError and PlanError, also when a listed target cannot be served.
+    weights), default where the target is, or the CPU where that is not at hand; `dtype` replaces the spec's. With
+    `elsewhere` a spec that its listed targets can serve, and this machine cannot, is emitted for the first of them,
+    on meta, to be saved and loaded there. Raises SpecError, and PlanError where a listed target or this machine cannot
+    serve a layer.
     """
     from attncompiler.emit import emit
 
     spec = check(source, overrides=overrides)
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": name})})
     device = _device(device, target)
-    return emit(spec, _plan_here(spec, device, target), device=device, dtype=dtype)
+    planned = _plan_here(spec, device, target)
+    if planned.unserved() and elsewhere:
+        return emit(spec, plan_for(spec, _target(spec.targets[0])), device="meta")
+    return emit(spec, planned.require(), device=device)
 
 
 def save(model: CompiledModel, path: str | os.PathLike[str], *, force: bool = True) -> Path:
@@ -112,7 +123,7 @@ def load(
 
     stored = artifact.read(Path(path))
     device = _device(device, None)
-    planned = _plan_here(stored.spec, device, None)
+    planned = _plan_here(stored.spec, device, None).require()
     if locked and (stored.plan is None or planned.choices() != stored.plan.choices()):
         raise fail(ArtifactError, "E305", f"{path} was planned for other hardware than {planned.target}")
     model = emit(stored.spec, planned, device=device, dtype=dtype or stored.dtype, draw=not stored.has_weights)
@@ -126,9 +137,13 @@ def _target(target: str | Target) -> Target:
 
 
 def _device(device: str | torch.device | None, target: str | Target | None) -> str:
-    if device is not None:
-        return str(device)
-    return _target(target).device_type if target is not None else detect_target().device_type
+    """Where to place a model. Raises SpecError (E107) for a GPU where there is none."""
+    if device is None:
+        present = detect_target().device_type
+        return present if target is None or _target(target).device_type == present else "cpu"
+    if str(device).startswith("cuda"):
+        detect_target("cuda")
+    return str(device)
 
 
 def _plan_here(spec: ModelSpec, device: str, target: str | Target | None) -> Plan:
@@ -136,7 +151,7 @@ def _plan_here(spec: ModelSpec, device: str, target: str | Target | None) -> Pla
     if target is not None:
         return plan_for(spec, _target(target))
     kind = None if device == "meta" else device.partition(":")[0]
-    return plan_for(spec, detect_target(kind), detect_environment()).require()
+    return plan_for(spec, detect_target(kind), detect_environment())
 
 
 __all__ = ["build", "check", "explain", "load", "plan", "read", "save"]

@@ -51,7 +51,7 @@ def build(
     with output.progress(f"checking {spec}") as stage:
         checked = pipeline.check(spec, overrides=set_ or ())
         stage(f"building {checked.name}")
-        made = pipeline.build(checked, device=device, dtype=_torch_dtype(dtype), target=target)
+        made = pipeline.build(checked, device=device, dtype=_torch_dtype(dtype), target=target, elsewhere=True)
         path = out or Path("build") / checked.name
         stage(f"writing {path}")
         pipeline.save(made, path, force=force)
@@ -100,6 +100,8 @@ def _print(summary: dict[str, Any], *, unasked: bool) -> None:
     known = set(targets.names())
     if unasked and any(name in known and targets.get(name).device_type != summary["device_type"] for name in others):
         output.line(f"no other device is at hand: this model was emitted for the {summary['device_type']}")
+    if summary["device"] == "meta" and unasked:
+        output.line("this machine cannot serve it: plans and spec were written, without weights, to be loaded there")
     output.line(f"written to {summary['path']}; load it with")
     output.line()
     output.line("    import attncompiler")
