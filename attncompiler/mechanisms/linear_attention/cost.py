@@ -71,9 +71,8 @@ def _kernel_workspace(policy: LinearAttentionPolicy, size: MixerSize) -> int:
     if size.kernel == "eager":
         return 6 * B * H * T * T * wide
     span = min(T, SPAN)
-    sums = B * T * H * V
     features = B * span * H * (2 * D + 2 * V)
     # states at the chunks' boundaries, what each chunk adds, and the gradient; weights inside chunks and theirs
     chunks = B * H * (3 * -(-span // CHUNK) * D * V + 2 * span * CHUNK)
-    found = B * span * H * (2 * D + 2 * V)
-    return (sums + features + chunks + found) * wide
+    found = B * span * H * (2 * D + 4 * V)
+    return (features + chunks + found) * wide

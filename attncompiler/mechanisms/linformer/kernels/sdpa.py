@@ -28,7 +28,7 @@ def forward(inputs: Tensors, options: LinformerOptions) -> dict[str, Tensor]:
     q = q if q.stride(-1) == 1 else q.contiguous()
     out = scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2).contiguous()
     if mask is not None:
-        out.mul_(query_mask(mask, q.shape[1])[..., None, None])
+        out.masked_fill_(~query_mask(mask, q.shape[1])[..., None, None], 0)
     return {"out": out}
 
 
