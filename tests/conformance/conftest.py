@@ -69,7 +69,7 @@ def _row(entry: dict[str, Any], names: list[str]) -> Any:
     return pytest.param(*values, id=label, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.fixture(params=[pytest.param(6, id="few"), pytest.param(100, id="many", marks=pytest.mark.slow)])
+@pytest.fixture(params=[pytest.param(6, id="few"), pytest.param(60, id="many", marks=pytest.mark.slow)])
 def for_cases(request: pytest.FixtureRequest) -> Callable[..., None]:
     """`for_cases(check, *strategies)` calls the check with draws of the strategies; a smaller `share` of them."""
 

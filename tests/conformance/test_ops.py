@@ -113,13 +113,13 @@ def test_a_kernel_that_is_not_built_refuses_in_words(call: tuple[Callable[..., A
 
 
 def test_shapes_are_checked_at_the_door(call: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
-    """An axis too many in any input, or one number too many in the first, is an error with a code."""
+    """An axis too many in any input, or one head or channel too many in the first, is an error with a code."""
     function, tensors = call
     for name, tensor in tensors.items():
         with pytest.raises(InputError, match="E401"):
             function(**tensors | {name: tensor[None]})
     first = next(iter(tensors))
-    wider = torch.cat([tensors[first], tensors[first][..., :1]], -1)
+    wider = torch.cat([tensors[first], tensors[first][:, :, :1]], 2)
     with pytest.raises(InputError, match="E401"):
         function(**tensors | {first: wider})
 
