@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
@@ -89,13 +87,9 @@ def _windows(data: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[Tensor
 def main() -> None:
     """Print what the corpus is."""
     corpus = read_standard_library()
-    table = Table(title="The Python standard library's source files", show_header=False)
-    table.add_row("files", f"{corpus.files:,}")
-    table.add_row("bytes to train on", f"{len(corpus.train):,}")
-    table.add_row("bytes held out", f"{len(corpus.held_out):,}")
-    table.add_row("sha256", corpus.sha256)
-    table.add_row("bigram table, held out", f"{corpus.bigram_loss(count=1024, seq_len=512):.3f} nats per byte")
-    Console().print(table)
+    print(f"{corpus.files:,} files, sha256 {corpus.sha256}")
+    print(f"{len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out")
+    print(f"a bigram table gives {corpus.bigram_loss(count=1024, seq_len=512):.3f} nats per held-out byte")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python examples/train_lm.py specs/hybrid_tiny.yaml --steps 2000 --out runs/long
     python examples/train_lm.py specs/hybrid_tiny.yaml --steps 2000 --out runs/long --resume
 
-The spec must be a language model with a vocabulary of at least 256. A run is a folder:
+The spec must be a causal language model with a vocabulary of at least 256. A run is a folder:
 
     loss.json     settings, corpus, and the losses so far, in nats per byte (plot_loss.py draws them)
     step-N/       the newest checkpoint: optimizer.safetensors, progress.json and model/, which attncompiler.load takes
@@ -93,6 +93,8 @@ def main(
     settings = Settings(steps, minutes, batch_size, seq_len, lr, warmup, weight_decay, clip, eval_windows, seed)
 
     model_spec = attncompiler.check(spec, overrides=overrides or ())
+    if model_spec.model.head.kind != "lm" or (model_spec.model.vocab_size or 0) < 256:
+        raise typer.BadParameter(f"{spec} is not a language model with a vocabulary of 256 bytes or more")
     corpus = read_standard_library(max_files=max_files)
     out = out or Path("runs") / model_spec.name
     checkpoint = newest_checkpoint(out)
@@ -122,6 +124,9 @@ def main(
         progress = json.loads((checkpoint / "progress.json").read_text())
         log, step, seconds_before = progress["log"], progress["step"], progress["seconds"]
         refuse_differences(model.spec == model_spec, log, settings, corpus)
+    model.init_state(
+        batch=1, max_length=1
+    )  # a model that reads ahead cannot be stepped: it is refused here, with reasons
     optimizer = torch.optim.AdamW(attncompiler.param_groups(model, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True)
     if checkpoint is not None:
         restore_optimizer(optimizer, model, checkpoint / "optimizer.safetensors")

@@ -80,7 +80,9 @@ def test_the_bigram_table_is_what_counting_gives() -> None:
     assert made.bigram_loss(1, 1) == pytest.approx(-np.log(3 / 258))  # ab twice, and each of 256 pairs once more
 
 
-def test_the_running_interpreters_library_is_large_enough() -> None:
+def test_the_running_interpreters_library_is_large_enough(capsys: pytest.CaptureFixture[str]) -> None:
     made = corpus.read_standard_library()
+    corpus.main()
+    assert made.sha256 in capsys.readouterr().out
     assert len(made.train) > 5_000_000
     assert 0.03 < len(made.held_out) / len(made.train) < 0.3

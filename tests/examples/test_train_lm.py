@@ -136,6 +136,23 @@ def test_another_run_is_not_resumed_nor_replaced(train_lm: ModuleType, spec: Pat
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("model.vocab_size=100", "vocabulary of 256"),
+        ("model.head={kind: classifier, num_labels: 3}", "not a language model"),
+        ("policies.full.pattern={kind: full}", "not causal"),
+    ],
+)
+def test_a_spec_that_cannot_predict_the_next_byte_is_refused(
+    train_lm: ModuleType, spec: Path, tmp_path: Path, change: str, reason: str
+) -> None:
+    result = run(train_lm, spec, "--steps", 1, "--out", tmp_path / "run", "--set", change)
+    assert result.exit_code != 0
+    assert reason in " ".join(f"{result.output} {result.exception}".split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_minutes_end_a_run(train_lm: ModuleType, spec: Path, tmp_path: Path) -> None:
     result = run(train_lm, spec, "--minutes", 0.05, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
