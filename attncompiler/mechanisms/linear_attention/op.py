@@ -89,6 +89,7 @@ OPERATOR = define(
 )
 
 
+@torch.compiler.allow_in_graph
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -129,10 +130,10 @@ def linear_attention(
     options = LinearAttentionOptions(
         kernel=kernel_names("linear_attention", kernel),
         feature_map=_feature_map(feature_map, normalize),
-        causal=causal,
-        normalize=normalize,
-        eps=eps,
-        scale=scale,
+        causal=bool(causal),
+        normalize=bool(normalize),
+        eps=float(eps),
+        scale=float(scale),
     )
     tensors = check(q, k, v, initial_state, segment_ids, attention_mask, projection, log_decay)
     results = OPERATOR(tensors, options_text(options), no_site())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from attncompiler.errors import InputError, fail
@@ -47,6 +48,7 @@ OPERATOR = define(
 )
 
 
+@torch.compiler.allow_in_graph
 def linformer(
     q: Tensor,
     k: Tensor,
