@@ -215,7 +215,9 @@ def _scores(queries: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
     """(b, K, g·t, s), −∞ where hidden."""
     scores = queries @ keys.transpose(-1, -2)
     if hidden is not None:
-        scores.unflatten(2, (-1, hidden.shape[-2])).masked_fill_(hidden, -torch.inf)
+        # on a CPU an addition is several times faster than a fill of all heads by one mask
+        mask = torch.zeros(hidden.shape, dtype=scores.dtype, device=scores.device).masked_fill_(hidden, -torch.inf)
+        scores.unflatten(2, (-1, hidden.shape[-2])).add_(mask)
     return scores
 
 
