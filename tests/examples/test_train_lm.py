@@ -25,8 +25,10 @@ model:
   mlp: {kind: gated, intermediate_size: 64}
 policies:
   full: {kind: attention, num_attention_heads: 2, pattern: {kind: causal}, rope_parameters: {rope_theta: 10000.0}}
+  ssm: {kind: mamba2, state_size: 8, head_dim: 16, expand: 2, chunk_size: 16}
 layers:
-  - {repeat: 2, policy: full}
+  - {policy: ssm, mlp: {kind: none}}
+  - {policy: full}
 targets: [cpu]
 """
 ARGUMENTS = ["--batch-size", "2", "--seq-len", "32", "--eval-windows", "4", "--max-files", "40", "--warmup", "2"]
