@@ -42,8 +42,28 @@ def norm(kind: str, tokens: int, width: int, itemsize: int) -> Cost:
     )
 
 
+def gated_norm(tokens: int, width: int, itemsize: int) -> Cost:
+    """An rmsnorm of x · silu(gate), or silu(gate) times an rmsnorm, in fp32 or better.
+
+    Autograd keeps the opened gate and the product or the normed rows, and wide copies of x and gate where they are
+    narrower; x and gate themselves are counted by the block that calls it.
+    """
+    wide = max(itemsize, FP32)
+    copies = 2 if itemsize == wide else 4
+    return Cost(
+        parameters=width,
+        forward_bytes=3 * tokens * width * itemsize,
+        backward_bytes=5 * tokens * width * itemsize,
+        saved_bytes=tokens * wide * (copies * width + 1),
+        workspace_bytes=3 * tokens * width * wide,
+    )
+
+
 def convolution(tokens: int, channels: int, width: int, bias: bool, itemsize: int) -> Cost:
-    """A causal depthwise convolution with its silu; its input and output are counted by the block that calls it."""
+    """A causal depthwise convolution with its silu, which torch's counter does not count.
+
+    Autograd keeps its input alone; that, and its output, are counted by the block that calls it.
+    """
     return Cost(
         parameters=channels * width + bias * channels,
         forward_bytes=2 * tokens * channels * itemsize,

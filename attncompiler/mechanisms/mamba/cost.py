@@ -10,6 +10,8 @@ from attncompiler.mechanisms.base import Cost, MixerSize
 from attncompiler.mechanisms.mamba.mechanism import MambaPolicy
 
 FP32 = 4
+BUFFER_ELEMENTS = 2**19
+"""of a chunk's states in the chunkwise kernel"""
 
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:
@@ -27,8 +29,8 @@ def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple
 def cost(policy: MambaPolicy, size: MixerSize) -> Cost:
     """Projections, the causal convolution and the scan.
 
-    Autograd keeps the layer's input, the first projection (u and z), the convolution's output before and after its
-    activation, what u is projected to, the time steps, and the scan's outputs.
+    Autograd keeps the layer's input, the first projection (u and z), the convolution's output, what it is projected to,
+    the time steps, A, and the scan's outputs.
     """
     M, N, W = size.hidden_size, policy.state_size, policy.conv_kernel
     E, R = policy.channels(M), policy.rank(M)
@@ -55,7 +57,20 @@ def cost(policy: MambaPolicy, size: MixerSize) -> Cost:
         backward_vector_flops=backward,
         forward_bytes=rows + n * E * itemsize + state,
         backward_bytes=2 * rows + 2 * n * E * itemsize + state,
-        saved_bytes=n * (M + 2 * E + (R + 2 * N) + E + E) * itemsize + state,
-        workspace_bytes=rows + n * E * itemsize,
+        saved_bytes=n * (M + 5 * E + R + 2 * N) * itemsize + state + 2 * E * N * FP32,
+        # gradients of the output and of what the scan is given, beside what the kernel itself holds
+        workspace_bytes=rows + _kernel_workspace(policy, size),
         state_bytes=state + size.batch * E * (W - 1) * itemsize,
     )
+
+
+def _kernel_workspace(policy: MambaPolicy, size: MixerSize) -> int:
+    """The largest transient inside a kernel, which is its backward's, beside inputs, outputs and their gradients."""
+    width = size.batch * policy.channels(size.hidden_size)
+    state = width * policy.state_size * max(size.itemsize, FP32)
+    if size.kernel == "eager":
+        # every token's state, its decay, what is written to it, and the gradients on the way
+        return 4 * size.seq_len * state
+    chunk = min(size.seq_len, max(8, min(64, BUFFER_ELEMENTS // (width * policy.state_size))))
+    # the state before each chunk; decays, states and gradients of the states in one chunk
+    return (-(-size.seq_len // chunk) + 4 * chunk) * state

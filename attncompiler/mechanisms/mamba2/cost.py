@@ -10,6 +10,9 @@ from attncompiler.mechanisms.base import Cost, MixerSize
 from attncompiler.mechanisms.mamba2.mechanism import Mamba2Policy
 
 FP32 = 4
+CHUNK = 64
+BLOCK_ELEMENTS = 2**19
+"""of a block's scores in the chunkwise kernel, and the most tokens of one chunk"""
 
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:
@@ -27,8 +30,8 @@ def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple
 def cost(policy: Mamba2Policy, size: MixerSize) -> Cost:
     """Projections, the causal convolution over x, B and C, the operator, and the gated norm.
 
-    Autograd keeps the layer's input, the first projection (z, x, B, C and the time steps), the convolution's output
-    before and after its activation, the operator's outputs, and what the gate and the norm keep.
+    Autograd keeps the layer's input, the first projection (z, x, B, C and the time steps), the convolution's output,
+    the operator's outputs, and, with a norm, the input of the last projection.
     """
     M, N, W = size.hidden_size, policy.state_size, policy.conv_kernel
     E, H, P, G = policy.channels(M), policy.heads(M), policy.head_dim, policy.n_groups
@@ -43,7 +46,7 @@ def cost(policy: Mamba2Policy, size: MixerSize) -> Cost:
         + blocks.linear(n, E, M, policy.use_bias, itemsize)
     )
     if policy.rms_norm:
-        total = total + blocks.norm("rmsnorm", n, E, itemsize)
+        total = total + blocks.gated_norm(n, E, itemsize) + Cost(saved_bytes=n * E * itemsize)
     return total + Cost(
         parameters=3 * H,
         fp32_parameters=3 * H,
@@ -51,7 +54,25 @@ def cost(policy: Mamba2Policy, size: MixerSize) -> Cost:
         backward_flops=backward,
         forward_bytes=n * (projected + E) * itemsize + state,
         backward_bytes=2 * n * (projected + E) * itemsize + state,
-        saved_bytes=n * (M + projected + mixed + E + E) * itemsize + state,
-        workspace_bytes=n * (projected + E) * itemsize,
+        saved_bytes=n * (M + projected + mixed + E) * itemsize + state,
+        workspace_bytes=_workspace(policy, size),
         state_bytes=state + size.batch * mixed * (W - 1) * itemsize,
     )
+
+
+def _workspace(policy: Mamba2Policy, size: MixerSize) -> int:
+    """The largest transient in the operator's backward, less what the gate and the norm have let go by then."""
+    B, T, M = size.batch, size.seq_len, size.hidden_size
+    E, H, N, G = policy.channels(M), policy.heads(M), policy.state_size, policy.n_groups
+    n, wide = size.tokens, max(size.itemsize, FP32)
+    gradients = n * (2 * E + E + 2 * G * N + H) * size.itemsize
+    let_go = n * 3 * E * size.itemsize if policy.rms_norm else 0
+    if size.kernel == "eager":
+        # every token's state, its decay, what is written to it, and the gradients on the way
+        return gradients - let_go + 4 * n * E * N * wide
+    chunk = min(policy.chunk_size, CHUNK, T)
+    states = n * E * N // chunk
+    # a block of chunks: nine tensors as wide as x, four of states, three of scores, six as wide as B
+    tokens = B * chunk * min(-(-T // chunk), max(1, BLOCK_ELEMENTS // (B * H * chunk * max(chunk, policy.head_dim))))
+    block = tokens * (9 * E + 4 * E * N // chunk + 3 * H * chunk + 6 * G * N)
+    return gradients - let_go + (states + block) * wide
