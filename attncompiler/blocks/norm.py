@@ -62,19 +62,29 @@ class RMSNorm(nn.Module):
 class GatedRMSNorm(RMSNorm):
     """rms_norm(x · silu(gate)), or rms_norm(x) · silu(gate) with the norm first (Mamba-2's norm).
 
-    x, gate (…, width) → (…, width), in x's dtype; the gate is applied in fp32 for lower dtypes.
+    Each of `groups` equal parts of the width has a norm of its own. x, gate (…, width) → (…, width), in x's dtype; the
+    gate is applied in fp32 for lower dtypes.
     """
 
-    def __init__(self, width: int, eps: float, norm_before_gate: bool = False):
+    def __init__(self, width: int, eps: float, norm_before_gate: bool = False, groups: int = 1):
         super().__init__(width, eps)
-        self.norm_before_gate = norm_before_gate
+        self.norm_before_gate, self.groups = norm_before_gate, groups
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         opened = F.silu(gate.to(wide))
         if self.norm_before_gate:
-            return (rms_norm(x.to(wide), self.weight, self.eps) * opened).to(x.dtype)
-        return rms_norm(x.to(wide) * opened, self.weight, self.eps).to(x.dtype)
+            return (self._normed(x.to(wide)) * opened).to(x.dtype)
+        return self._normed(x.to(wide) * opened).to(x.dtype)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        if self.groups == 1:
+            return rms_norm(x, self.weight, self.eps)
+        parts = x.unflatten(-1, (self.groups, -1))
+        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", groups={self.groups}" if self.groups > 1 else "")
 
 
 class LayerNorm(nn.Module):

@@ -65,7 +65,7 @@ class Mamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.empty(H, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(H, dtype=torch.float32))
         if policy.rms_norm:
-            self.norm = GatedRMSNorm(E, context.norm_eps, policy.norm_before_gate)
+            self.norm = GatedRMSNorm(E, context.norm_eps, policy.norm_before_gate, G)
         layers = context.num_layers if policy.rescale_prenorm_residual else None
         self.out_proj = ResidualLinear(E, M, policy.use_bias, layers)
         self.site = Mamba2Site(

@@ -112,12 +112,12 @@ class Scan:
         if self.padding is not None:
             delta.masked_fill_(self.padding[rows], 0)
         decay, states = self._decay[: u.shape[0]], self._states[: u.shape[0] + 1]
+        states[0].copy_(state)  # first of all: it may be the last of these buffers' states
         torch.mul(delta.unsqueeze(-2), self.a, out=decay).exp_()
         if self.starts is not None:
             decay.masked_fill_(self.starts[rows], 0)
         written = delta * u
         torch.mul(written.unsqueeze(-2), b.unsqueeze(-1), out=states[1:])
-        states[0].copy_(state)
         before, *steps = states.unbind(0)
         for factor, after in zip(decay.unbind(0), steps, strict=True):
             torch.addcmul(after, factor, before, out=after)
