@@ -1,9 +1,9 @@
 """The compiler on one screen: YAML → ModelSpec → Plan → fx.GraphModule → a folder, and back.
 
-    spec  = check("model.yaml")          # every error at once, no torch
-    plans = plan(spec)                   # one Plan per listed target
-    model = build(spec)                  # a GraphModule for the machine at hand
-    save(model, "build/model"); model = load("build/model")
+spec  = check("model.yaml")          # every error at once, no torch
+plans = plan(spec)                   # one Plan per listed target
+model = build(spec)                  # a GraphModule for the machine at hand
+save(model, "build/model"); model = load("build/model")
 """
 
 from __future__ import annotations

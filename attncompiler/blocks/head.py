@@ -30,7 +30,9 @@ class Pool(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """hidden (B, T, M), attention_mask (B, T) → (B, M)."""
         B, T, _ = hidden.shape
-        real = torch.ones(B, T, device=hidden.device, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        real = (
+            torch.ones(B, T, device=hidden.device, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        )
         if self.kind == "mean":
             weight = real.to(hidden.dtype)
             return torch.einsum("btm,bt->bm", hidden, weight) / weight.sum(1, keepdim=True).clamp(min=1)
@@ -66,7 +68,7 @@ def linear_cross_entropy(
 
     hidden (tokens, M), weight (vocabulary, M), bias (vocabulary,), labels (tokens,) → a scalar in fp32; 0 when every
     label is ignored. The gradient is made in the forward pass while a chunk's logits are at hand, so no logits are kept
-    (as in Hsu et al. 2024, https://arxiv.org/abs/2410.10989). Logits are taken in autocast's dtype, the softmax in fp32.
+    (Hsu et al. 2024, https://arxiv.org/abs/2410.10989). Logits are taken in autocast's dtype, the softmax in fp32.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -85,7 +87,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
-        scaled = [None if d is None else (d * grad).to(dtype) for d, dtype in zip((d_hidden, d_weight, d_bias), ctx.dtypes, strict=True)]
+        scaled = [
+            None if d is None else (d * grad).to(dtype)
+            for d, dtype in zip((d_hidden, d_weight, d_bias), ctx.dtypes, strict=True)
+        ]
         return (*scaled, None, None, None)
 
 

@@ -30,7 +30,6 @@ def segment_positions(attention_mask: Tensor | None, segment_ids: Tensor | None,
     return index - torch.where(first, index, 0).cummax(1).values
 
 
-
 class Positions(nn.Module):
     """Position ids (B or 1, T) for rotary and learned positions: those given, else counted inside each segment."""
 

@@ -24,7 +24,7 @@ class Rotary(nn.Module):
         self.interleaved = parameters.interleaved
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D), k (B, T, K, D), position_ids (B or 1, T), default 0 … T−1 → q and k, turned, in their dtypes."""
+        """q (B, T, H, D), k (B, T, K, D), position_ids (B or 1, T), default 0 … T−1 → q, k, turned, in their dtypes."""
         if position_ids is None:
             position_ids = torch.arange(q.shape[1], device=q.device)[None]
         exponent = torch.arange(0, self.width, 2, device=q.device, dtype=torch.float32) / self.width

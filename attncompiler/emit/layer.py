@@ -26,10 +26,11 @@ class Layer(nn.Module):
         self.position, self.block = model.norm.position, model.block
         self.mixer_norm = make_norm(model.norm.kind, width, model.norm.eps)
         self.mixer = load_entry(discover()[layer.policy.kind].layer)(layer.policy, context)
-        self.has_mlp = layer.mlp.kind != "none"
-        if self.has_mlp:
-            make = GatedMLP if layer.mlp.kind == "gated" else PlainMLP
-            self.mlp = make(width, layer.mlp.intermediate_size, layer.mlp.hidden_act, layer.mlp.bias)
+        mlp = layer.mlp
+        self.has_mlp = mlp.kind != "none"
+        if mlp.kind != "none":
+            make = GatedMLP if mlp.kind == "gated" else PlainMLP
+            self.mlp = make(width, mlp.intermediate_size, mlp.hidden_act, mlp.bias)
             if self.block == "sequential":
                 self.mlp_norm = make_norm(model.norm.kind, width, model.norm.eps)
         if self.position == "sandwich":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Model(nn.Module):
         self.embedding, self.head = model.embedding, model.head
         self.takes_tokens = model.input == "tokens"
         self.positions, self.step_positions = Positions(), StepPositions()
-        if self.takes_tokens:
+        if model.vocab_size is not None:
             self.embed_tokens = nn.Embedding(model.vocab_size, width)
         if self.embedding.positions == "learned":
             self.embed_positions = nn.Embedding(model.max_position_embeddings, width)
@@ -40,6 +40,7 @@ class Model(nn.Module):
         if model.norm.position != "post":
             self.norm = make_norm(model.norm.kind, width, model.norm.eps)
         if self.head.kind == "lm":
+            assert model.vocab_size is not None
             self.lm_head = nn.Linear(width, model.vocab_size, bias=self.head.bias)
             if self.head.final_logit_softcapping is not None:
                 self.softcap = SoftCap(self.head.final_logit_softcapping)
@@ -92,7 +93,9 @@ class Model(nn.Module):
         hidden = self.backbone(inputs, attention_mask, position_ids, segment_ids, token_type_ids)
         return self.apply_head(hidden, attention_mask)
 
-    def step(self, inputs: Tensor, state: dict[str, Any], attention_mask: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+    def step(
+        self, inputs: Tensor, state: dict[str, Any], attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
         header = self.step_positions(inputs, state, attention_mask)
         position_ids = header["position_ids"]
         hidden = self.embed(inputs, position_ids)
@@ -122,13 +125,15 @@ class Model(nn.Module):
 class CompiledModel(Emitted):
     """An emitted model: a GraphModule with `layers`, a `loss` for training and a `step` for decoding.
 
-    `forward(input_ids, attention_mask=None, position_ids=None, segment_ids=None)` gives logits (B, T, vocabulary), class
-    scores (B, num_labels), or hidden states (B, T, M), as `model.head` says. input_ids (B, T) (`inputs_embeds`
+    `forward(input_ids, attention_mask=None, position_ids=None, segment_ids=None)` gives logits (B, T, vocabulary),
+    class scores (B, num_labels), or hidden states (B, T, M), as `model.head` says. input_ids (B, T) (`inputs_embeds`
     (B, T, M) for `input: embeds`); attention_mask (B, T) non-zero for real tokens, on either side; position_ids (B, T)
     replace the counted ones in rotary and learned positions; segment_ids (B, T) keep packed documents apart.
 
     `spec` and `plan` say what it is; `graphs` holds the graphs of `step` and `loss` beside `graph`.
     """
+
+    layers: nn.ModuleDict
 
     def __init__(
         self,
@@ -176,8 +181,8 @@ class CompiledModel(Emitted):
         """
         if "loss" not in self.graphs:
             raise fail(InputError, "E403", "this model has no head, so it has no loss")
-        loss: Tensor = self._generated_loss(input_ids, labels, attention_mask, position_ids, segment_ids, **inputs)
-        return loss
+        generated: Callable[..., Tensor] = type(self)._generated_loss  # type: ignore[attr-defined]
+        return generated(self, input_ids, labels, attention_mask, position_ids, segment_ids, **inputs)
 
     def init_state(
         self, batch: int, max_length: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -195,7 +200,9 @@ class CompiledModel(Emitted):
             "seen": 0,
             "max_length": max_length,
             "position": torch.zeros(batch, dtype=torch.int64, device=device),
-            "layers": {name: layer.mixer.init_state(batch, max_length, device, dtype) for name, layer in self.layers.items()},
+            "layers": {
+                name: _mixer(layer).init_state(batch, max_length, device, dtype) for name, layer in self.layers.items()
+            },
         }
 
     def step(
@@ -206,14 +213,18 @@ class CompiledModel(Emitted):
         The state given is consumed: use the one returned. Raises InputError (E502) when the state is full.
         """
         self._refuse_step()
-        result: tuple[Tensor, dict[str, Any]] = self._generated_step(input_ids, state, attention_mask)
-        return result
+        generated: Callable[..., tuple[Tensor, dict[str, Any]]] = type(self)._generated_step  # type: ignore[attr-defined]
+        return generated(self, input_ids, state, attention_mask)
 
     def _refuse_step(self) -> None:
         if "step" in self.graphs:
             return
         reasons = "; ".join(not_causal(self.spec)) if self.spec else "it has no spec"
         raise fail(InputError, "E503", f"this model cannot be run step by step: {reasons}")
+
+
+def _mixer(layer: nn.Module) -> Any:
+    return layer.mixer
 
 
 def not_causal(spec: ModelSpec) -> list[str]:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from attncompiler.runtime.site import Site
@@ -68,7 +67,7 @@ def trace(module: nn.Module, method: str = "forward") -> fx.Graph:
     return graph
 
 
-def share_classes(layers: Iterable[fx.GraphModule]) -> None:
+def share_classes(layers: Iterable[nn.Module]) -> None:
     """Give layers whose generated code is the same text one class, so that Dynamo compiles them once for all.
 
     A layer that is recompiled later gets a class of its own again, so the others stay as they are.
@@ -77,7 +76,7 @@ def share_classes(layers: Iterable[fx.GraphModule]) -> None:
     for layer in layers:
         if isinstance(layer, Emitted):
             layer.__class__ = seen.setdefault(layer.code, type(layer))
-            layer.shares_class = True
+            layer.__dict__["shares_class"] = True
 
 
 def free_method(root: nn.Module, graph: fx.Graph) -> Any:

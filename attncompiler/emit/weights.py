@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,9 @@ def seed_of(seed: int, name: str) -> int:
 
 def initial_value(module: nn.Module, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """The fp32 CPU value of `module`'s own parameter `name`: by the module's scheme, else normal and zero biases."""
-    if hasattr(module, "initial_value"):
-        value = module.initial_value(name, generator)
-        if value is not None:
-            return value
+    scheme: Callable[[str, torch.Generator], Tensor | None] | None = getattr(module, "initial_value", None)
+    if scheme is not None and (value := scheme(name, generator)) is not None:
+        return value
     if name == "bias":
         return torch.zeros(shape)
     if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -56,10 +56,9 @@ def materialise(model: nn.Module, seed: int | None, device: torch.device) -> Non
             is_parameter = isinstance(tensor, nn.Parameter)
             replaced[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and id(tensor) in replaced:
-                    table[name] = replaced[id(tensor)]  # type: ignore[assignment]
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            table.update({name: replaced[id(tensor)] for name, tensor in table.items() if id(tensor) in replaced})
 
 
 def tie(first: nn.Module, second: nn.Module) -> None:
@@ -76,7 +75,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
     Embeddings decay, as in nanoGPT and HF's Trainer. Each parameter is in one group, ties once.
     """
     undecayed = ("bias", "A_log", "dt_bias", "D")
-    decay, rest = [], []
+    decay: list[Tensor] = []
+    rest: list[Tensor] = []
     for full_name, _, name, tensor in own_tensors(model):
         if isinstance(tensor, nn.Parameter):
             is_norm = full_name.rpartition(".")[0].rpartition(".")[2].endswith(("norm", "layernorm"))

@@ -49,7 +49,7 @@ class Case:
         printer.text(repr(self))
 
     def cast(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
-        """The inputs for a kernel of `dtype`, rounded once: low-precision inputs to it, other floats to fp32 or better."""
+        """The inputs for a kernel of `dtype`: low-precision inputs rounded to it, other floats to fp32 or better."""
         wide = torch.promote_types(dtype, torch.float32)
 
         def convert(name: str, tensor: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ def _machine(device_type: str) -> tuple[Target, Environment]:
     return detect_target(device_type), detect_environment()
 
 
-def _allowed(mechanism: Mechanism, site: registry.Record | None, request: Request, options: Any, device: str) -> tuple[str, ...]:
+def _allowed(
+    mechanism: Mechanism, site: registry.Record | None, request: Request, options: Any, device: str
+) -> tuple[str, ...]:
     if site is not None:
         return site.chain
     return options.kernel or mechanism.order(device, request.features)

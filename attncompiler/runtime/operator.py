@@ -130,7 +130,11 @@ def define(operator: Operator) -> Operator:
         ctx.descriptor, ctx.count = descriptor, len(tensors)
         ctx.save_for_backward(*tensors, *output, handle)
         ctx.mark_non_differentiable(
-            *(t for name, t in zip(operator.outputs, output, strict=True) if name not in operator.differentiable_outputs)
+            *(
+                t
+                for name, t in zip(operator.outputs, output, strict=True)
+                if name not in operator.differentiable_outputs
+            )
         )
         ctx.set_materialize_grads(False)
 
@@ -177,6 +181,14 @@ def _register_flops(operator: Operator) -> None:
 
     @register_flop_formula(getattr(packet, f"{operator.name}_backward"))
     def _(
-        grads: Any, inputs: Any, outputs: Any, descriptor: str, given: str, handle: Any, *, out_shape: Any = None, **_: Any
+        grads: Any,
+        inputs: Any,
+        outputs: Any,
+        descriptor: str,
+        given: str,
+        handle: Any,
+        *,
+        out_shape: Any = None,
+        **_: Any,
     ) -> int:
         return count(inputs, descriptor, 1)

@@ -20,7 +20,9 @@ class Site(nn.Module):
     the layer's tensors and the decode state.
     """
 
-    def __init__(self, mechanism: str, chain: Iterable[str], options: OperatorOptions, *, label: str, on_failure: str = "next"):
+    def __init__(
+        self, mechanism: str, chain: Iterable[str], options: OperatorOptions, *, label: str, on_failure: str = "next"
+    ):
         super().__init__()
         self.mechanism = mechanism
         self.label = label

@@ -46,7 +46,11 @@ def test_mechanisms_are_named_nowhere_outside_their_folder() -> None:
         inside = "mechanisms" in path.parts
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             module = node.module if isinstance(node, ast.ImportFrom) else None
-            if module and not inside and any(module.startswith(f"attncompiler.mechanisms.{name}") for name in discover()):
+            if (
+                module
+                and not inside
+                and any(module.startswith(f"attncompiler.mechanisms.{name}") for name in discover())
+            ):
                 found.append(f"{path.relative_to(ROOT)}: {module}")
     assert not found
 
@@ -59,7 +63,11 @@ def test_nothing_executes_text_or_unpickles() -> None:
                 found.append(f"{path.name}:{node.lineno}")
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                found += [f"{path.name}:{node.lineno}" for name in names if name.partition(".")[0] in ("pickle", "dill", "marshal")]
+                found += [
+                    f"{path.name}:{node.lineno}"
+                    for name in names
+                    if name.partition(".")[0] in ("pickle", "dill", "marshal")
+                ]
     assert not found
 
 
@@ -91,5 +99,9 @@ def test_mechanisms_never_import_one_another() -> None:
                 modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 others = tuple(f"attncompiler.mechanisms.{other}" for other in discover() if other != name)
-                found += [f"{path.relative_to(ROOT)}: {m}" for m in modules if m in others or m.startswith(tuple(f"{o}." for o in others))]
+                found += [
+                    f"{path.relative_to(ROOT)}: {m}"
+                    for m in modules
+                    if m in others or m.startswith(tuple(f"{o}." for o in others))
+                ]
     assert not found

@@ -75,7 +75,9 @@ def test_padding_on_either_side_changes_nothing(kind: str, side: str) -> None:
     torch.testing.assert_close(real, built(x), rtol=1e-4, atol=1e-5)
     y = tokens(1, 9, seed=1)
     ignored = torch.full_like(pads, -100)
-    built.loss(torch.cat(order, 1), torch.cat((ignored, y) if side == "left" else (y, ignored), 1), attention_mask=mask).backward()
+    built.loss(
+        torch.cat(order, 1), torch.cat((ignored, y) if side == "left" else (y, ignored), 1), attention_mask=mask
+    ).backward()
     padded = gradients(built)
     built.loss(x, y).backward()
     torch.testing.assert_close(padded, gradients(built), rtol=1e-4, atol=1e-6)
@@ -91,7 +93,9 @@ def test_the_future_never_reaches_the_past(kind: str) -> None:
     assert not torch.equal(built(changed)[:, 10:], built(x)[:, 10:])
 
 
-@pytest.mark.parametrize("form", ["", "head: {kind: lm, tie_word_embeddings: false, bias: true, final_logit_softcapping: 3.0}"])
+@pytest.mark.parametrize(
+    "form", ["", "head: {kind: lm, tie_word_embeddings: false, bias: true, final_logit_softcapping: 3.0}"]
+)
 def test_loss_is_cross_entropy_of_the_logits(form: str) -> None:
     built = model(MIXERS["attention"], form=form)
     x, y = tokens(), tokens(seed=1)
@@ -133,7 +137,7 @@ def test_a_full_state_is_an_error_that_says_so() -> None:
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_a_model_that_is_not_causal_refuses_to_step(kind: str) -> None:
     built = model(ENCODERS[kind])
-    with pytest.raises(InputError, match="E503 .*policy 'p0' is not causal"):
+    with pytest.raises(InputError, match=r"E503 .*policy 'p0' is not causal"):
         built.init_state(1, 8)
     with pytest.raises(InputError, match="E503"):
         built.step(tokens(), {})

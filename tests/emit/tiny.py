@@ -13,8 +13,8 @@ from attncompiler.spec.model import ModelSpec
 MIXERS = {
     "attention": "{kind: attention, num_attention_heads: 4, num_key_value_heads: 2, qk_norm: rms, attention_bias: all, "
     "rope_parameters: {rope_type: default}}",
-    "window": "{kind: attention, num_attention_heads: 4, num_key_value_heads: 1, rope_parameters: {rope_type: default}, "
-    "pattern: {kind: sliding_window, window: 5, global_tokens: 2}}",
+    "window": "{kind: attention, num_attention_heads: 4, num_key_value_heads: 1, "
+    "rope_parameters: {rope_type: default}, pattern: {kind: sliding_window, window: 5, global_tokens: 2}}",
     "linear_attention": "{kind: linear_attention, num_attention_heads: 2}",
     "mamba": "{kind: mamba, state_size: 4}",
     "mamba2": "{kind: mamba2, state_size: 8, head_dim: 16, expand: 2, chunk_size: 8}",

@@ -146,7 +146,17 @@ def attention(
     kernel offers what is asked.
     """
     tensors = check(
-        q, k, v, segment_ids, kv_segment_ids, attention_mask, q_positions, kv_positions, sinks, alibi_slopes, dropout_seed
+        q,
+        k,
+        v,
+        segment_ids,
+        kv_segment_ids,
+        attention_mask,
+        q_positions,
+        kv_positions,
+        sinks,
+        alibi_slopes,
+        dropout_seed,
     )
     options = AttentionOptions(
         kernel=kernel_names("attention", kernel),
@@ -206,7 +216,9 @@ def check(
     )
     check_device(tensors)
     if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
-        raise fail(InputError, "E402", f"q, k and v must be of one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+        raise fail(
+            InputError, "E402", f"q, k and v must be of one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     if sizes["H"] % sizes["K"]:
         raise fail(InputError, "E401", f"{sizes['H']} query heads are not a multiple of {sizes['K']} key heads")
     if (q_positions is None) != (kv_positions is None):

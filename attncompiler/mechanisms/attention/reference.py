@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attncompiler.mechanisms.attention.op import AttentionOptions, OPERATOR
+from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions
 from attncompiler.mechanisms.attention.visibility import visible
 from attncompiler.runtime.implementation import Tensors, from_reference
 

@@ -13,12 +13,19 @@ from attncompiler.runtime.context import MixerContext
 
 
 def init_state(
-    policy: AttentionPolicy, context: MixerContext, batch: int, max_length: int, device: torch.device, dtype: torch.dtype
+    policy: AttentionPolicy,
+    context: MixerContext,
+    batch: int,
+    max_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """An empty cache: k (B, 0, K, D), v (B, 0, K, V), mask and positions (B, 0)."""
     return {
         "k": torch.empty(batch, 0, policy.kv_heads, policy.key_width(context.hidden_size), device=device, dtype=dtype),
-        "v": torch.empty(batch, 0, policy.kv_heads, policy.value_width(context.hidden_size), device=device, dtype=dtype),
+        "v": torch.empty(
+            batch, 0, policy.kv_heads, policy.value_width(context.hidden_size), device=device, dtype=dtype
+        ),
         "mask": torch.empty(batch, 0, device=device, dtype=torch.bool),
         "positions": torch.empty(batch, 0, device=device, dtype=torch.int64),
     }
