@@ -85,7 +85,7 @@ class CausalConv1d(nn.Module):
 
 @torch.library.custom_op("attncompiler::causal_conv1d", mutates_args=())
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor | None) -> Tensor:
-    """x (B, T, E), weight (E, 1, W), bias (E,), runs (B, T) rising where segments begin → silu of the sums (B, T, E)."""
+    """x (B, T, E), weight (E, 1, W), bias (E,), runs (B, T) rising where segments begin → silu of the sums, as x."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     taps = _taps(x, weight)
     for start, stop, rows in _blocks(x, weight):
@@ -169,7 +169,7 @@ def _blocks(x: Tensor, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _shifts(W: int, halo: int, length: int) -> Iterator[tuple[int, slice, slice]]:
-    """For each distance j: the rows (of a block with its halo) it reads, and the tokens (of the block) that read them."""
+    """For each distance j: the rows (of a block with its halo) it reads, and the tokens (of the block) that read."""
     for j in range(W):
         first = max(0, j - halo)
         if first < length:

@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class GatedRMSNorm(RMSNorm):
+class GatedRMSNorm(nn.Module):
     """rms_norm(x · silu(gate)), or rms_norm(x) · silu(gate) with the norm first (Mamba-2's norm).
 
     Each of `groups` equal parts of the width has a norm of its own. x, gate (…, width) → (…, width), in x's dtype; the
@@ -67,8 +67,9 @@ class GatedRMSNorm(RMSNorm):
     """
 
     def __init__(self, width: int, eps: float, norm_before_gate: bool = False, groups: int = 1):
-        super().__init__(width, eps)
-        self.norm_before_gate, self.groups = norm_before_gate, groups
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps, self.norm_before_gate, self.groups = eps, norm_before_gate, groups
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -83,8 +84,12 @@ class GatedRMSNorm(RMSNorm):
         parts = x.unflatten(-1, (self.groups, -1))
         return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight
 
+    def initial_value(self, name: str, generator: torch.Generator) -> Tensor:
+        return torch.ones(self.weight.shape)
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", groups={self.groups}" if self.groups > 1 else "")
+        order = ", norm before gate" if self.norm_before_gate else ""
+        return f"{self.weight.shape[0]}, eps={self.eps}, groups={self.groups}{order}"
 
 
 class LayerNorm(nn.Module):

@@ -139,7 +139,7 @@ def test_parameters_are_taken_in_lower_precision_and_never_in_higher() -> None:
     given = {key: x.float() for key, x in tensors(0, 5).items()}
     low = {**given, "D": given["D"].bfloat16()}
     assert torch.equal(scan(low), scan({**given, "D": given["D"].bfloat16().float()}))
-    with pytest.raises(InputError, match="E402 d must be of torch.float32 or narrower"):
+    with pytest.raises(InputError, match=r"E402 d must be of torch\.float32 or narrower"):
         scan({**given, "D": given["D"].double()})
 
 
@@ -181,7 +181,9 @@ def mixer(**options: Any) -> MambaMixer:
     return made
 
 
-@pytest.mark.parametrize("options", [{}, {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "time_step_rank": 5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "time_step_rank": 5}]
+)
 def test_the_layer_is_hfs_mixer(options: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.models.mamba.modeling_mamba import MambaMixer as HFMixer

@@ -37,7 +37,7 @@ class Mamba2Site(Site):
         conv: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
-        """x, z (B, T, H, P), dt (B, T, H), A_log, D, dt_bias (H,), B, C (B, T, G, N) → out (B, T, H, P), the layer's state.
+        """x, z (B, T, H, P), dt (B, T, H), A_log, D, dt_bias (H,), B, C (B, T, G, N) → out (B, T, H, P), the state.
 
         `conv` is the convolution's part of the new state.
         """
@@ -71,9 +71,7 @@ class Mamba2Mixer(nn.Module):
         self.site = Mamba2Site(
             "mamba2",
             context.chain,
-            Mamba2Options(
-                dt_limit=policy.limits, chunk_size=policy.chunk_size, deterministic=context.deterministic
-            ),
+            Mamba2Options(dt_limit=policy.limits, chunk_size=policy.chunk_size, deterministic=context.deterministic),
             label=context.label,
             on_failure=context.on_failure,
         )

@@ -163,6 +163,8 @@ def check(
     for name in ("a", "d", "dt_bias", "initial_state"):
         tensor = tensors[name]
         if tensor is not None and torch.promote_types(tensor.dtype, wide) != wide:
-            raise fail(InputError, "E402", f"{name} must be of {wide} or narrower where x is {x.dtype}, not {tensor.dtype}")
+            raise fail(
+                InputError, "E402", f"{name} must be of {wide} or narrower where x is {x.dtype}, not {tensor.dtype}"
+            )
         tensors[name] = None if tensor is None else tensor.to(wide)
     return tensors

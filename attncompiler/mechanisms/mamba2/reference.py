@@ -12,7 +12,7 @@ from attncompiler.runtime.implementation import Tensors, from_reference
 
 
 def ssd(inputs: Tensors, options: Mamba2Options) -> dict[str, Tensor]:
-    """x, z (B, T, H, P), dt (B, T, H), b, c (B, T, G, N) → out (B, T, H, P) in x's dtype, final_state in fp32 or fp64."""
+    """x, z (B, T, H, P), dt (B, T, H), b, c (B, T, G, N) → out (B, T, H, P) in x's dtype, final_state in fp32 up."""
     dtype = inputs["x"].dtype
     wide = torch.promote_types(dtype, torch.float32)
     x, dt, a, b, c = (inputs[name].to(wide) for name in ("x", "dt", "a", "b", "c"))

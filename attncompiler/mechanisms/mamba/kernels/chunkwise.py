@@ -1,8 +1,8 @@
 """The scan chunk by chunk in plain torch: what a chunk needs is made when its turn comes, and fits the cache.
 
-Inside a chunk time is the first axis and the channels of a group the last: k tokens, B sequences, G groups, N numbers of
-state, F = E / G channels. A token's step is then one fused multiply-add over contiguous memory. The backward runs the
-scan once more for the states between chunks, then goes through the chunks from the last, making the states inside
+Inside a chunk time is the first axis and the channels of a group the last: k tokens, B sequences, G groups, N numbers
+of state, F = E / G channels. A token's step is then one fused multiply-add over contiguous memory. The backward runs
+the scan once more for the states between chunks, then goes through the chunks from the last, making the states inside
 each again: memory for all tokens is that of the results and of one state per chunk.
 """
 
@@ -92,7 +92,9 @@ class Scan:
 
     def initial(self) -> Tensor:
         """The state before the first token (B, G, N, F)."""
-        return self.inward(self.inputs["initial_state"]) if "initial_state" in self.inputs else self.buffer(1)[0].zero_()
+        return (
+            self.inward(self.inputs["initial_state"]) if "initial_state" in self.inputs else self.buffer(1)[0].zero_()
+        )
 
     def inward(self, state: Tensor) -> Tensor:
         """A state (B, E, N) as (B, G, N, F)."""

@@ -150,7 +150,7 @@ class Call:
         return within, tall[0], tall[1]
 
     def states(self, block: Block, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The states before each chunk (B, n, G, N, H/G·P) and the one after the last, from the one before the first."""
+        """The states before each chunk (B, n, G, N, H/G·P) and the one after all, from the one before all."""
         added = torch.matmul(block.b.transpose(-1, -2), self.grouped(block.written * block.to_end))
         through, before = block.through, torch.empty_like(added)
         for i, write in enumerate(added.unbind(1)):
@@ -246,7 +246,7 @@ def _unread(
     d_inside = torch.matmul((within * scores).flatten(2, 3).transpose(-1, -2), d_heads)
     d_weights = torch.matmul(d_heads, heads.transpose(-1, -2)).unflatten(2, (call.G, -1)).mul_(within)
     d_scores = d_weights.sum(3)
-    # the decay of token k lies between all pairs (i, j) with j < k ≤ i: their sum for k − 1, without a difference of sums
+    # the decay of token k lies between all pairs (i, j) with j < k ≤ i: summed for k − 1, without a difference of sums
     between = d_weights.mul_(scores).flatten(2, 3).cumsum(-1).tril_(-1).sum(-2)
 
     to_state = call.grouped(block.written * block.to_end)
