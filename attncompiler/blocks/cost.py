@@ -42,19 +42,19 @@ def norm(kind: str, tokens: int, width: int, itemsize: int) -> Cost:
     )
 
 
-def gated_norm(tokens: int, width: int, itemsize: int) -> Cost:
-    """An rmsnorm of x · silu(gate), or silu(gate) times an rmsnorm, in fp32 or better.
+def gated_norm(tokens: int, width: int, groups: int, itemsize: int) -> Cost:
+    """An rmsnorm of x · silu(gate), or silu(gate) times an rmsnorm, in fp32 or better, for each group of the width.
 
-    Autograd keeps the opened gate and the product or the normed rows, and wide copies of x and gate where they are
-    narrower; x and gate themselves are counted by the block that calls it.
+    Autograd keeps the opened gate and the product or the normed rows (both, with groups), and wide copies of x and gate
+    where they are narrower; x and gate themselves are counted by the block that calls it.
     """
     wide = max(itemsize, FP32)
-    copies = 2 if itemsize == wide else 4
+    copies = (2 if itemsize == wide else 4) + (1 if groups > 1 else 0)
     return Cost(
         parameters=width,
         forward_bytes=3 * tokens * width * itemsize,
         backward_bytes=5 * tokens * width * itemsize,
-        saved_bytes=tokens * wide * (copies * width + 1),
+        saved_bytes=tokens * wide * (copies * width + groups),
         workspace_bytes=3 * tokens * width * wide,
     )
 

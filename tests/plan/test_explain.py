@@ -57,7 +57,7 @@ def test_13_billion_parameters_do_not_train_on_one_a6000() -> None:
     assert fit["missing_bytes"] == fit["peak_bytes"] - data["fit"]["usable_bytes"]
     assert fit["verdict"].startswith("does not fit: needs ")
     assert f"fits {fit['devices']} devices under FSDP" in fit["verdict"]
-    assert 3 <= fit["devices"] <= 8
+    assert 3 <= fit["devices"] <= 16
     # at eight layers to a kind the explanation is short, whatever the depth
     assert len(data["layers"]) == 3
 

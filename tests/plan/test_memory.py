@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from small_specs import example, small
+from small_specs import NAMES, example, small
 from test_flops import FORMS
 from training_step import saved_bytes, training_peak
 
@@ -12,7 +12,7 @@ from attncompiler.plan.cost import model_cost
 from attncompiler.spec.model import ModelSpec
 
 
-@pytest.mark.parametrize("name", ["llama_tiny", "mamba2_tiny", "hybrid_tiny"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "hybrid_13b"])
 def test_peak_memory_of_a_training_step_is_within_a_fifth(name: str) -> None:
     from attncompiler.emit import emit
 
@@ -23,12 +23,6 @@ def test_peak_memory_of_a_training_step_is_within_a_fifth(name: str) -> None:
     assert abs(predicted / measured - 1) < 0.2, (predicted, measured)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mamba_tiny", "linear_tiny", "window_gqa", "encoder_tiny", "embeds_tiny"])
-def test_peak_memory_of_the_other_examples_too(name: str) -> None:
-    test_peak_memory_of_a_training_step_is_within_a_fifth(name)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_what_autograd_keeps_is_predicted(form: str) -> None:
     from attncompiler.emit import emit
@@ -37,7 +31,7 @@ def test_what_autograd_keeps_is_predicted(form: str) -> None:
     planned = plan(spec, "cpu")
     measured = saved_bytes(spec, emit(spec, planned, device="cpu"), 2, 128)
     predicted = model_cost(spec, planned, batch=2, seq_len=128).memory.activations
-    assert predicted == pytest.approx(measured, rel=0.05)
+    assert predicted == pytest.approx(measured, rel=0.02)
 
 
 def test_checkpointing_keeps_less_and_longer_sequences_keep_more() -> None:

@@ -13,7 +13,7 @@ from attncompiler.emit import CompiledModel
 from attncompiler.spec.model import ModelSpec
 
 
-def batch_of(spec: ModelSpec, batch: int, length: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def batch_of(spec: ModelSpec, batch: int, length: int) -> tuple[Tensor, Tensor]:
     """Inputs and labels for `model.loss`."""
     model, generator = spec.model, torch.Generator().manual_seed(0)
     if model.input == "tokens":
@@ -21,7 +21,7 @@ def batch_of(spec: ModelSpec, batch: int, length: int, device: str = "cpu") -> t
     else:
         inputs = torch.randn(batch, length, model.hidden_size, generator=generator, dtype=getattr(torch, model.dtype))
     labels = torch.zeros((batch, length) if model.head.kind == "lm" else (batch,), dtype=torch.int64)
-    return inputs.to(device), labels.to(device)
+    return inputs, labels
 
 
 def flops(run: Callable[[], object]) -> int:

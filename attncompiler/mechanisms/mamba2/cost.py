@@ -46,7 +46,7 @@ def cost(policy: Mamba2Policy, size: MixerSize) -> Cost:
         + blocks.linear(n, E, M, policy.use_bias, itemsize)
     )
     if policy.rms_norm:
-        total = total + blocks.gated_norm(n, E, itemsize) + Cost(saved_bytes=n * E * itemsize)
+        total = total + blocks.gated_norm(n, E, G, itemsize) + Cost(saved_bytes=n * E * itemsize)
     return total + Cost(
         parameters=3 * H,
         fp32_parameters=3 * H,
