@@ -22,7 +22,7 @@ GATHERED = 2
 def explain(spec: ModelSpec, plan: Plan, *, batch: int = 1, seq_len: int = 2048) -> dict[str, Any]:
     """What runs where and what it costs, for training on `batch` sequences of `seq_len` tokens.
 
-    Data for JSON and for a table: `layers` groups equal neighbours, `model` sums them up, `fit` says whether a training
+    Data for JSON and for a table: `layers` groups equal layers, `model` sums them up, `fit` says whether a training
     step fits the target, with and without activation checkpointing, and on how many devices under FSDP.
     """
     cost = model_cost(spec, plan, batch=batch, seq_len=seq_len)
