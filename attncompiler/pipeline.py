@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from attncompiler import spec as specs
 from attncompiler import targets
 from attncompiler.errors import ArtifactError, fail
-from attncompiler.plan import Plan
-from attncompiler.plan import plan as plan_for
+from attncompiler.planning import Plan
+from attncompiler.planning import plan as plan_for
 from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.detect import detect_environment, detect_target
 from attncompiler.targets.target import Target
@@ -60,7 +60,7 @@ def explain(
 ) -> dict[str, dict[str, Any]]:
     """Per target: chains, refusals and cost of every layer, and whether training fits. Plain data."""
     spec = read(source)
-    from attncompiler.plan import explain as explain_plan
+    from attncompiler.planning.explanation import explain as explain_plan
 
     return {name: explain_plan(spec, each, batch=batch, seq_len=seq_len) for name, each in plan(spec, target).items()}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from attncompiler.artifact.manifest import damaged, read_json
-from attncompiler.plan import Plan
+from attncompiler.planning import Plan
 
 
 def to_json(listed: Mapping[str, Plan], emitted: Plan) -> str:

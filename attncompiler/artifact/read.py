@@ -14,7 +14,7 @@ from attncompiler.artifact import layout, plans, weights
 from attncompiler.artifact.manifest import Manifest, damaged, read_manifest, read_text, verify_files
 from attncompiler.artifact.replace import recover
 from attncompiler.errors import ArtifactError, fail
-from attncompiler.plan import Plan
+from attncompiler.planning import Plan
 from attncompiler.spec.model import ModelSpec
 
 

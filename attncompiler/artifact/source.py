@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from attncompiler.emit import CompiledModel
-from attncompiler.plan.explanation import ranges
+from attncompiler.planning.explanation import ranges
 
 HEADER = '"""A model\'s generated code, for reading only: nothing imports this file, and editing it changes nothing."""'
 _RELEASED = re.compile(r";  [\w = ]+ = None$", re.MULTILINE)

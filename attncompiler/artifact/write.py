@@ -14,7 +14,8 @@ from attncompiler.artifact.replace import recover, replacing
 from attncompiler.artifact.source import source
 from attncompiler.emit import CompiledModel
 from attncompiler.errors import ArtifactError, InputError, UsageError, fail
-from attncompiler.plan import Plan, explain, plan
+from attncompiler.planning import Plan, plan
+from attncompiler.planning.explanation import explain
 from attncompiler.report import html
 from attncompiler.spec.model import ModelSpec
 

@@ -69,7 +69,7 @@ def _torch_dtype(dtype: DType | None) -> Any:
 
 
 def _summary(model: CompiledModel, path: Path) -> dict[str, Any]:
-    from attncompiler.plan import explain
+    from attncompiler.planning.explanation import explain
 
     plan, spec = model.plan, model.spec
     assert plan is not None

@@ -10,7 +10,7 @@ from attncompiler.emit.layer import Layer
 from attncompiler.emit.model import CompiledModel, Model, not_causal
 from attncompiler.emit.trace import Emitted, trace
 from attncompiler.emit.verify import verify
-from attncompiler.plan import Plan, PlannedLayer
+from attncompiler.planning import Plan, PlannedLayer
 from attncompiler.runtime.context import MixerContext
 from attncompiler.runtime.site import Site
 from attncompiler.spec import ModelSpec, ResolvedLayer

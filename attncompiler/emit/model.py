@@ -15,7 +15,7 @@ from attncompiler.blocks.positions import Positions, StepPositions
 from attncompiler.emit.trace import Emitted, free_method, share_classes
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import discover
-from attncompiler.plan import Plan
+from attncompiler.planning import Plan
 from attncompiler.spec.model import ModelSpec
 
 

@@ -52,7 +52,7 @@ def boolean_mask(attention_mask: Tensor | None) -> Tensor | None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device; fp64 stays."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)

@@ -26,7 +26,7 @@ def test_import_contracts_hold() -> None:
     [
         "import attncompiler",
         "import attncompiler.spec",
-        "import attncompiler.plan",
+        "import attncompiler.planning",
         "import attncompiler.cli",
         "import attncompiler; attncompiler.check('specs/hybrid_tiny.yaml')",
         "import attncompiler; attncompiler.plan('specs/hybrid_13b.yaml')",
@@ -78,3 +78,21 @@ def test_no_library_of_an_extra_is_imported_at_module_level() -> None:
                 names = [node.module or ""]
             found += [f"{path.name}: {name}" for name in names if name.partition(".")[0] in extras]
     assert not found
+
+
+def test_public_names_are_what_they_say_however_often_they_are_used() -> None:
+    """A subpackage imported on the way must not take the place of a public function of its name."""
+    done = fresh(
+        """
+import attncompiler, types
+attncompiler.check("specs/llama_tiny.yaml")
+for _ in range(2):
+    assert list(attncompiler.plan("specs/llama_tiny.yaml")) == ["h200", "a5000", "cpu"]
+    attncompiler.explain("specs/llama_tiny.yaml")
+model = attncompiler.build("specs/llama_tiny.yaml", device="meta")
+for name in attncompiler.__all__:
+    if name != "ops":
+        assert not isinstance(getattr(attncompiler, name), types.ModuleType), name
+"""
+    )
+    assert done.returncode == 0, done.stderr

@@ -67,3 +67,10 @@ def test_own_tensors_counts_ties_once() -> None:
     names = [name for name, *_ in own_tensors(built)]
     assert "embed_tokens.weight" in names
     assert "lm_head.weight" not in names
+
+
+def test_a_model_on_meta_runs_without_storage() -> None:
+    built = build(spec(*HYBRID), device="meta")
+    out = built(torch.zeros(2, 9, dtype=torch.int64, device="meta"))
+    assert out.shape == (2, 9, 64)
+    assert out.device.type == "meta"

@@ -9,8 +9,9 @@ import pytest
 from small_specs import NAMES, example, small
 
 from attncompiler import targets
-from attncompiler.plan import explain, plan
-from attncompiler.plan.cost import model_cost
+from attncompiler.planning import plan
+from attncompiler.planning.cost import model_cost
+from attncompiler.planning.explanation import explain
 
 
 def explained(name: str, target: str, batch: int = 1, seq_len: int = 2048) -> dict[str, Any]:

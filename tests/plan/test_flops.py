@@ -8,8 +8,8 @@ from small_specs import NAMES, example, small
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_step import batch_of, flops
 
-from attncompiler.plan import plan
-from attncompiler.plan.cost import model_cost
+from attncompiler.planning import plan
+from attncompiler.planning.cost import model_cost
 from attncompiler.spec.model import ModelSpec
 
 ATTENTION = "{kind: attention, num_attention_heads: 4, pattern: {kind: full}}"

@@ -7,8 +7,8 @@ from small_specs import NAMES, example, small
 from test_flops import FORMS
 from training_step import saved_bytes, training_peak
 
-from attncompiler.plan import plan
-from attncompiler.plan.cost import model_cost
+from attncompiler.planning import plan
+from attncompiler.planning.cost import model_cost
 from attncompiler.spec.model import ModelSpec
 
 

@@ -13,7 +13,7 @@ from small_specs import NAMES, ROOT, example, small
 from attncompiler import targets
 from attncompiler.errors import ArtifactError, Diagnostic, PlanError
 from attncompiler.mechanisms.base import discover
-from attncompiler.plan import Plan, plan
+from attncompiler.planning import Plan, plan
 from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.detect import Environment, detect_environment, detect_target
 
@@ -170,7 +170,7 @@ def test_what_is_not_installed_counts_only_here(monkeypatch: pytest.MonkeyPatch)
     """A kernel that needs a package: listed targets plan it, a machine without the package refuses it in words."""
     from dataclasses import replace
 
-    from attncompiler.plan import planner
+    from attncompiler.planning import planner
 
     attention = discover()["attention"]
     first, *rest = attention.kernels
@@ -190,7 +190,7 @@ def test_what_is_not_installed_counts_only_here(monkeypatch: pytest.MonkeyPatch)
 def test_deterministic_and_dtype_are_asked_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from attncompiler.plan import planner
+    from attncompiler.planning import planner
 
     attention = discover()["attention"]
     first, second, *rest = attention.kernels

@@ -7,8 +7,8 @@ import torch
 from small_specs import NAMES, example
 
 from attncompiler.mechanisms.base import discover
-from attncompiler.plan import plan
-from attncompiler.plan.cost import model_cost
+from attncompiler.planning import plan
+from attncompiler.planning.cost import model_cost
 
 STEPPED = [
     name

@@ -17,7 +17,7 @@ from attncompiler.mechanisms.base import (
     load_entry,
     refusals,
 )
-from attncompiler.plan.model import FORMAT, Plan, PlannedPolicy, RefusedKernel
+from attncompiler.planning.model import FORMAT, Plan, PlannedPolicy, RefusedKernel
 from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.detect import Environment
 from attncompiler.targets.target import Target

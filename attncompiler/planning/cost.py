@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from attncompiler.blocks import cost as blocks
 from attncompiler.mechanisms.base import Cost, MixerSize
-from attncompiler.plan.model import Plan
-from attncompiler.plan.planner import ITEMSIZE, mixer_cost, mixer_size
+from attncompiler.planning.model import Plan
+from attncompiler.planning.planner import ITEMSIZE, mixer_cost, mixer_size
 from attncompiler.spec.expand import ResolvedLayer
 from attncompiler.spec.model import Mlp, ModelSpec
 from attncompiler.targets.target import Target

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
-from attncompiler.plan.cost import Memory, ModelCost, Part, layer_time, model_cost
-from attncompiler.plan.model import Plan, PlannedLayer
+from attncompiler.planning.cost import Memory, ModelCost, Part, layer_time, model_cost
+from attncompiler.planning.model import Plan, PlannedLayer
 from attncompiler.spec.expand import ResolvedLayer
 from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.target import Target
