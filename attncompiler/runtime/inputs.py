@@ -42,6 +42,33 @@ def check_device(tensors: Mapping[str, Tensor | None]) -> None:
         raise fail(InputError, "E404", f"all tensors must be on one device: {listed}")
 
 
+def check_dtypes(
+    tensors: Mapping[str, Tensor | None], low: Sequence[str], wide: Sequence[str] = ()
+) -> dict[str, Tensor | None]:
+    """The tensors, those named in `wide` raised to fp32 (fp64 where the others are fp64).
+
+    Raises InputError (E402) unless those named in `low` are of one floating dtype, and none in `wide` is wider.
+    """
+    given = {name: tensor for name in low if (tensor := tensors.get(name)) is not None}
+    found = {tensor.dtype for tensor in given.values()}
+    if len(found) > 1 or not all(dtype.is_floating_point for dtype in found):
+        listed = ", ".join(f"{name} {tensor.dtype}" for name, tensor in given.items())
+        raise fail(InputError, "E402", f"{', '.join(given)} must be of one floating dtype: {listed}")
+    dtype = found.pop()
+    limit = torch.promote_types(dtype, torch.float32)
+    raised = dict(tensors)
+    for name in wide:
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if not tensor.dtype.is_floating_point or torch.promote_types(tensor.dtype, limit) != limit:
+            raise fail(
+                InputError, "E402", f"{name} must be {limit} or narrower where {low[0]} is {dtype}, not {tensor.dtype}"
+            )
+        raised[name] = tensor.to(limit)
+    return raised
+
+
 def boolean_mask(attention_mask: Tensor | None) -> Tensor | None:
     """The mask as booleans: True where it is non-zero."""
     if attention_mask is None or attention_mask.dtype == torch.bool:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import elu
 
+from attncompiler.blocks.segments import run_numbers
 from attncompiler.errors import InputError, KernelError
 from attncompiler.mechanisms.linear_attention.kernels import chunkwise
 from attncompiler.mechanisms.linear_attention.mechanism import LinearAttentionPolicy, relations
 from attncompiler.mechanisms.linear_attention.op import linear_attention
-from attncompiler.mechanisms.linear_attention.runs import run_numbers
 from attncompiler.mechanisms.linear_attention.state import init_state
 from attncompiler.runtime.context import MixerContext
 
@@ -170,7 +170,7 @@ def test_memory_kept_for_the_backward_is_linear_in_the_length() -> None:
         ({"k": torch.zeros(1, 4, 2, 6)}, "E401"),
         ({"k": torch.zeros(1, 4, 2, 5, dtype=torch.float64)}, "E402"),
         ({"initial_state": (torch.zeros(1, 2, 5, 3), torch.zeros(1, 2, 4), torch.zeros(1, 2))}, "E401"),
-        ({"initial_state": tuple(torch.zeros(s).bfloat16() for s in ((1, 2, 5, 3), (1, 2, 5), (1, 2)))}, "E402"),
+        ({"initial_state": tuple(torch.zeros(s).double() for s in ((1, 2, 5, 3), (1, 2, 5), (1, 2)))}, "E402"),
         ({"segment_ids": torch.zeros(1, 5, dtype=torch.int64)}, "E401"),
         ({"feature_map": "identity"}, "E403"),
         ({"feature_map": "softmax"}, "E403"),

@@ -14,7 +14,15 @@ from attncompiler.mechanisms.attention.cost import operator_flops
 from attncompiler.mechanisms.attention.pattern import Causal, Pattern
 from attncompiler.mechanisms.base import Value
 from attncompiler.runtime.implementation import Tensors
-from attncompiler.runtime.inputs import autocast, boolean_mask, check_device, check_shapes, kernel_names, no_site
+from attncompiler.runtime.inputs import (
+    autocast,
+    boolean_mask,
+    check_device,
+    check_dtypes,
+    check_shapes,
+    kernel_names,
+    no_site,
+)
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
 
 INPUTS = (
@@ -215,10 +223,7 @@ def check(
         },
     )
     check_device(tensors)
-    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
-        raise fail(
-            InputError, "E402", f"q, k and v must be of one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
-        )
+    check_dtypes(tensors, OPERATOR.low_precision)
     if sizes["H"] % sizes["K"]:
         raise fail(InputError, "E401", f"{sizes['H']} query heads are not a multiple of {sizes['K']} key heads")
     if (q_positions is None) != (kv_positions is None):

@@ -12,7 +12,15 @@ from attncompiler.mechanisms.base import Value
 from attncompiler.mechanisms.linear_attention.cost import operator_flops
 from attncompiler.mechanisms.linear_attention.mechanism import FeatureMap
 from attncompiler.runtime.implementation import Tensors
-from attncompiler.runtime.inputs import autocast, boolean_mask, check_device, check_shapes, kernel_names, no_site
+from attncompiler.runtime.inputs import (
+    autocast,
+    boolean_mask,
+    check_device,
+    check_dtypes,
+    check_shapes,
+    kernel_names,
+    no_site,
+)
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
 
 INPUTS = (
@@ -197,13 +205,4 @@ def check(
         },
     )
     check_device(tensors)
-    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
-        raise fail(
-            InputError, "E402", f"q, k and v must be of one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
-        )
-    wide = torch.promote_types(q.dtype, torch.float32)
-    for name in ("initial_s", "initial_z", "initial_m"):
-        tensor = tensors[name]
-        if tensor is not None and tensor.dtype != wide:
-            raise fail(InputError, "E402", f"{name} must be {wide} where q is {q.dtype}, not {tensor.dtype}")
-    return tensors
+    return check_dtypes(tensors, OPERATOR.low_precision, ("initial_s", "initial_z", "initial_m"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attncompiler.blocks.segments import run_numbers
 from attncompiler.mechanisms.linear_attention.op import OPERATOR, LinearAttentionOptions
-from attncompiler.mechanisms.linear_attention.runs import run_numbers
 from attncompiler.runtime.implementation import Tensors, from_reference
 
 

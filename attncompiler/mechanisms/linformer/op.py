@@ -11,7 +11,15 @@ from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import Value
 from attncompiler.mechanisms.linformer.cost import operator_flops
 from attncompiler.runtime.implementation import Tensors
-from attncompiler.runtime.inputs import autocast, boolean_mask, check_device, check_shapes, kernel_names, no_site
+from attncompiler.runtime.inputs import (
+    autocast,
+    boolean_mask,
+    check_device,
+    check_dtypes,
+    check_shapes,
+    kernel_names,
+    no_site,
+)
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
 
 INPUTS = ("q", "k", "v", "key_projection", "value_projection", "attention_mask")
@@ -101,10 +109,7 @@ def check(
         },
     )
     check_device(tensors)
-    dtypes = {tensor.dtype for tensor in floating.values()}
-    if len(dtypes) > 1 or not q.dtype.is_floating_point:
-        listed = ", ".join(f"{name} {tensor.dtype}" for name, tensor in floating.items())
-        raise fail(InputError, "E402", f"all tensors must be of one floating dtype: {listed}")
+    check_dtypes(tensors, OPERATOR.low_precision)
     if sizes["S"] > sizes["P"]:
         raise fail(
             InputError,

@@ -11,7 +11,15 @@ from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import Value
 from attncompiler.mechanisms.mamba.cost import operator_flops
 from attncompiler.runtime.implementation import Tensors
-from attncompiler.runtime.inputs import autocast, boolean_mask, check_device, check_shapes, kernel_names, no_site
+from attncompiler.runtime.inputs import (
+    autocast,
+    boolean_mask,
+    check_device,
+    check_dtypes,
+    check_shapes,
+    kernel_names,
+    no_site,
+)
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
 
 INPUTS = ("u", "dt", "a", "b", "c", "d", "z", "dt_bias", "initial_state", "segment_ids", "attention_mask")
@@ -136,16 +144,4 @@ def check(
     check_device(tensors)
     if sizes["E"] % sizes["G"]:
         raise fail(InputError, "E401", f"{sizes['E']} channels are not a multiple of {sizes['G']} groups")
-    low = [tensors[name] for name in OPERATOR.low_precision]
-    if not u.dtype.is_floating_point or any(tensor is not None and tensor.dtype != u.dtype for tensor in low):
-        found = ", ".join(str(tensor.dtype) for tensor in low if tensor is not None)
-        raise fail(InputError, "E402", f"u, dt, B, C and z must be of one floating dtype, not {found}")
-    wide = torch.promote_types(u.dtype, torch.float32)
-    for name in ("a", "d", "dt_bias", "initial_state"):
-        tensor = tensors[name]
-        if tensor is not None and torch.promote_types(tensor.dtype, wide) != wide:
-            raise fail(
-                InputError, "E402", f"{name} must be of {wide} or narrower where u is {u.dtype}, not {tensor.dtype}"
-            )
-        tensors[name] = None if tensor is None else tensor.to(wide)
-    return tensors
+    return check_dtypes(tensors, OPERATOR.low_precision, ("a", "d", "dt_bias", "initial_state"))

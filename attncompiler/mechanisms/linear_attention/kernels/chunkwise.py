@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from attncompiler.blocks.segments import run_numbers
 from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
-from attncompiler.mechanisms.linear_attention.runs import run_numbers
 from attncompiler.mechanisms.linear_attention.spans import (
     Size,
     Span,
