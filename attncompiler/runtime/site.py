@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from attncompiler.mechanisms.base import discover, load_entry
 from attncompiler.runtime import registry
-from attncompiler.runtime.operator import Operator, OperatorOptions, options_text
+from attncompiler.runtime.operator import OperatorOptions, options_text
 
 
 class Site(nn.Module):
     """Base of every mechanism's site. A copy, or a loaded one, is a site of its own with a fresh record.
 
-    `run(tensors)` calls the mechanism's operator with this site's handle; subclasses give it a `forward` that takes
-    the layer's tensors and the decode state.
+    A subclass has a `forward` that takes the layer's tensors and the decode state, and calls the mechanism's operator
+    with `self.options` and `self.handle`.
     """
 
     def __init__(
@@ -37,13 +36,6 @@ class Site(nn.Module):
     @property
     def chain(self) -> tuple[str, ...]:
         return self.record.chain
-
-    @property
-    def operator(self) -> Operator:
-        return load_entry(discover()[self.mechanism].operator)
-
-    def run(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
