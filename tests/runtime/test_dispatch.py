@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -29,7 +28,7 @@ FORWARD_ONLY = Implementation(base.load_entry("attncompiler.mechanisms.attention
 
 
 @pytest.fixture
-def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention with two more kernels: `broken`, which fails, and `forward_only`, which has no backward."""
     found = dict(base.discover())
     mechanism = found["attention"]
@@ -44,7 +43,6 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (dispatch, inputs):
         monkeypatch.setattr(module, "discover", lambda: found)
     monkeypatch.setattr(dispatch, "load_entry", lambda entry: implementations.get(entry) or load(entry))
-    yield
 
 
 def qkv(length: int = 6) -> tuple[torch.Tensor, ...]:
