@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attncompiler.errors import InputError, fail
+
 
 class SoftCap(nn.Module):
     """cap · tanh(x / cap): keeps logits within ±cap (Gemma 2, https://arxiv.org/abs/2408.00118)."""
@@ -34,8 +36,9 @@ class Pool(nn.Module):
             torch.ones(B, T, device=hidden.device, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         )
         if self.kind == "mean":
-            weight = real.to(hidden.dtype)
-            return torch.einsum("btm,bt->bm", hidden, weight) / weight.sum(1, keepdim=True).clamp(min=1)
+            # divided before the sum, which half precision could not hold
+            weight = (real / real.sum(1, keepdim=True).clamp(min=1)).to(hidden.dtype)
+            return torch.einsum("btm,bt->bm", hidden, weight)
         index = torch.arange(T, device=hidden.device)
         chosen = torch.where(real, index, T).amin(1) if self.kind == "first" else torch.where(real, index, -1).amax(1)
         return hidden[torch.arange(B, device=hidden.device), chosen.clamp(0, T - 1)]
@@ -49,7 +52,14 @@ class LMLoss(nn.Module):
         self.softcap, self.chunk = softcap, chunk
 
     def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        """hidden (B, T, M), weight (vocabulary, M), labels (B, T) with −100 ignored → a scalar in fp32."""
+        """hidden (B, T, M), weight (vocabulary, M), labels (B, T) with −100 ignored → a scalar in fp32 (fp64 for fp64).
+
+        Raises InputError for labels of another shape (E401) or that are not whole numbers (E402).
+        """
+        if labels.shape != hidden.shape[:2]:
+            message = f"labels must be (B, T) = {tuple(hidden.shape[:2])} as the tokens are, not {tuple(labels.shape)}"
+            raise fail(InputError, "E401", message)
+        _check_whole(labels)
         return linear_cross_entropy(hidden.flatten(0, 1), weight, bias, labels.flatten(), self.softcap, self.chunk)
 
 
@@ -57,8 +67,21 @@ class ClassifierLoss(nn.Module):
     """Mean cross-entropy of one label per sequence."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """logits (B, num_labels), labels (B,) with −100 ignored → a scalar in fp32."""
-        return F.cross_entropy(logits.float(), labels)
+        """logits (B, num_labels), labels (B,) with −100 ignored → a scalar in fp32 (fp64 for fp64), 0 when all are.
+
+        Raises InputError for labels of another shape (E401) or that are not whole numbers (E402).
+        """
+        if labels.shape != logits.shape[:1]:
+            message = f"labels must be (B,) = {tuple(logits.shape[:1])}, not {tuple(labels.shape)}"
+            raise fail(InputError, "E401", message)
+        _check_whole(labels)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(wide, labels, reduction="sum") / (labels != -100).sum().clamp(min=1)
+
+
+def _check_whole(labels: Tensor) -> None:
+    if labels.is_floating_point():
+        raise fail(InputError, "E402", f"labels must be whole numbers, not {labels.dtype}")
 
 
 def linear_cross_entropy(
@@ -66,10 +89,13 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean over labels ≠ −100 of −log softmax(softcap(hidden · weightᵀ + bias))[label], chunk by chunk.
 
-    hidden (tokens, M), weight (vocabulary, M), bias (vocabulary,), labels (tokens,) → a scalar in fp32; 0 when every
-    label is ignored. The gradient is made in the forward pass while a chunk's logits are at hand, so no logits are kept
-    (Hsu et al. 2024, https://arxiv.org/abs/2410.10989). Logits are taken in autocast's dtype, the softmax in fp32.
+    hidden (tokens, M), weight (vocabulary, M), bias (vocabulary,), labels (tokens,) → a scalar in fp32 (fp64 for
+    fp64); 0 when every label is ignored. The gradient is made in the forward pass while a chunk's logits are at hand,
+    so no logits are kept (Hsu et al. 2024, https://arxiv.org/abs/2410.10989); under no_grad none is made, and there are
+    no second derivatives (E403). Logits are taken in autocast's dtype, the softmax in fp32.
     """
+    if not torch.is_grad_enabled():
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, softcap, chunk)
@@ -86,6 +112,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # torch's once_differentiable would say so too, but does not enter a compiled graph
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            message = "the fused loss has no second derivatives"
+            raise fail(InputError, "E403", message, remedy="take the cross-entropy of the model's logits")
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         scaled = [
             None if d is None else (d * grad).to(dtype)

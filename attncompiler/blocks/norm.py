@@ -22,20 +22,27 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
-        scale = torch.rsqrt(squares + eps)
+        scale = _scale(wide, eps)
         ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            scale = _scale(x.to(scale.dtype), ctx.eps)  # a second derivative sees that the scale follows from x
         normed, grad = x * scale, grad.to(scale.dtype)
         product = (grad * normed).flatten(0, -2)
         # the part of the gradient along x itself, which the norm takes away: one number a row
         along = torch.mv(product, weight.to(scale.dtype)).view(scale.shape) / x.shape[-1]
         d_x = (grad * weight).sub_(normed * along).mul_(scale)
         return d_x.to(x.dtype), product.sum(0).to(weight.dtype), None
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """1 / √(mean(x²) + eps), one number a row."""
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
 
 
 class RMSNorm(nn.Module):

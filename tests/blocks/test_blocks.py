@@ -1,4 +1,4 @@
-"""Norms, rotary and positions against their formulas in fp64."""
+"""Norms, rotary, positions, pooling and losses against their formulas, and what they refuse."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attncompiler.blocks.head import ClassifierLoss, LMLoss, Pool, linear_cross_entropy
 from attncompiler.blocks.norm import rms_norm
 from attncompiler.blocks.positions import segment_positions
 from attncompiler.blocks.rotary import Rotary
+from attncompiler.errors import InputError
 from attncompiler.mechanisms.base import RopeParameters
+from attncompiler.testing.memory import PeakMemory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -38,6 +41,52 @@ def test_rms_norm_passes_gradcheck() -> None:
     x = torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, 1e-6), (x, weight))
+    assert torch.autograd.gradgradcheck(lambda a, b: rms_norm(a, b, 1e-6), (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_of_many_large_tokens_is_finite_in_half_precision(dtype: torch.dtype) -> None:
+    hidden = (torch.randn(2, 9000, 4, generator=torch.Generator().manual_seed(0)) + 8).to(dtype)
+    mask = torch.ones(2, 9000)
+    mask[1, 5:] = 0
+    expected = torch.stack([hidden[0].double().mean(0), hidden[1, :5].double().mean(0)])
+    torch.testing.assert_close(Pool("mean")(hidden, mask).double(), expected, rtol=0.02, atol=0)
+
+
+def test_a_classifiers_loss_is_zero_where_every_label_is_ignored() -> None:
+    logits, labels = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 2, -100, 1])
+    found = ClassifierLoss()(logits, labels)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits, labels))
+    assert ClassifierLoss()(logits, torch.full((4,), -100)) == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(2, 6, dtype=torch.int64), r"E401 labels must be \(B, T\) = \(2, 3\)"),
+        (torch.zeros(3, 2, dtype=torch.int64), r"E401 .*not \(3, 2\)"),
+        (torch.zeros(1, 1, dtype=torch.int64), "E401"),
+        (torch.zeros(2, 3), "E402 labels must be whole numbers"),
+    ],
+)
+def test_labels_that_are_not_the_tokens_own_are_refused(labels: torch.Tensor, message: str) -> None:
+    """More labels than tokens, or as many in another order, would otherwise give a loss all the same."""
+    with pytest.raises(InputError, match=message):
+        LMLoss(None, chunk=2)(torch.randn(2, 3, 4), torch.randn(5, 4), None, labels)
+
+
+def test_the_fused_loss_makes_gradients_only_where_they_are_wanted_and_once() -> None:
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    labels = torch.arange(6) % 5
+    with torch.no_grad(), PeakMemory() as memory:
+        linear_cross_entropy(hidden, weight.detach().repeat(1000, 1).requires_grad_(), None, labels)
+    quiet = memory.peak
+    with PeakMemory() as memory:
+        linear_cross_entropy(hidden, weight.detach().repeat(1000, 1).requires_grad_(), None, labels)
+    assert quiet < memory.peak - 5000 * 4 * 4
+    with pytest.raises(InputError, match="E403 the fused loss has no second derivatives"):
+        torch.autograd.grad(linear_cross_entropy(hidden, weight, None, labels), hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
