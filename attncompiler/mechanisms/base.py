@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -289,6 +289,40 @@ class RopeParameters(StrictModel, allow_inf_nan=False):
     beta_slow: float | None = Field(default=None, gt=0)
     low_freq_factor: float | None = Field(default=None, gt=0)
     high_freq_factor: float | None = Field(default=None, gt=0)
+
+
+_YARN = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ("factor",)),
+    "dynamic": (("factor",), ("factor", "original_max_position_embeddings")),
+    "yarn": (("factor",), _YARN),
+    "llama3": (_LLAMA3, _LLAMA3),
+}
+"""rope_type → the options it needs, and those it takes."""
+
+
+def rope_faults(rope: RopeParameters | None) -> Iterator[Fault]:
+    """Rotary options that their type needs and that are not there, or that it does not take."""
+    if rope is None:
+        return
+    needed, taken = ROPE_OPTIONS[rope.rope_type]
+    for option in needed:
+        if getattr(rope, option) is None:
+            yield Fault(("rope_parameters",), f"rope_type {rope.rope_type!r} needs {option!r}", code="E105")
+    for option in dict.fromkeys((*_YARN, *_LLAMA3)):
+        if getattr(rope, option) is not None and option not in taken:
+            message = f"{option!r} means nothing to rope_type {rope.rope_type!r}"
+            yield Fault(("rope_parameters", option), message, code="E105", remedy="remove it, or change rope_type")
+
+
+def rotary_width_faults(rope: RopeParameters | None, head_dim: int) -> Iterator[Fault]:
+    """A rotary part of a head that does not fall into pairs."""
+    rotary = head_dim * rope.partial_rotary_factor if rope is not None else 0
+    if rotary % 2:
+        message = f"the rotary part of a head is {rotary:g} wide, and must be a positive even number"
+        yield Fault(("rope_parameters",), message, remedy="change head_dim or partial_rotary_factor")
 
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]

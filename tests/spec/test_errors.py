@@ -90,6 +90,9 @@ TABLE: list[tuple[str, str, list[str]]] = [
     ("pattern: {kind: causal}", "rope_scaling: {type: linear}", [
         "f:10:5: E105 rope_type 'linear' needs 'factor'",
     ]),
+    ("pattern: {kind: causal}", "rope_parameters: {factor: 2.0}", [
+        "f:10:31: E105 'factor' means nothing to rope_type 'default'; remove it, or change rope_type",
+    ]),
     ("{policy: full}", "{policy: ful}", ["f:12:14: E102 unknown policy 'ful'; did you mean 'full'?"]),
     ("layers:\n  - {policy: full}", "layers: []", ["f:11:9: E103 the model has no layers"]),
     ("{policy: full}", "{repeat: 3, layers: []}", ["f:12:3: E103 the model has no layers"]),

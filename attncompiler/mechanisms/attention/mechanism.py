@@ -19,6 +19,8 @@ from attncompiler.mechanisms.base import (
     Policy,
     RopeParameters,
     Value,
+    rope_faults,
+    rotary_width_faults,
 )
 
 
@@ -73,32 +75,18 @@ def unbuilt(policy: AttentionPolicy) -> tuple[str, ...]:
     return ()
 
 
-ROPE_NEEDS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
 def relations(policy: AttentionPolicy, model: Any) -> Iterator[Fault]:
     """Head counts and widths that do not fit together, and rotary options without the ones they need."""
-    heads, rope = policy.num_attention_heads, policy.rope_parameters
+    heads = policy.num_attention_heads
     if policy.num_key_value_heads is not None and heads % policy.num_key_value_heads:
         message = f"num_attention_heads {heads} is not divisible by num_key_value_heads {policy.num_key_value_heads}"
         yield Fault(("num_key_value_heads",), message)
-    rope_type = rope.rope_type if rope is not None else "default"
-    for option in ROPE_NEEDS.get(rope_type, ()):
-        if getattr(rope, option) is None:
-            yield Fault(("rope_parameters",), f"rope_type {rope_type!r} needs {option!r}", code="E105")
+    yield from rope_faults(policy.rope_parameters)
     if policy.head_dim is None and model.hidden_size % heads:
         message = f"hidden_size {model.hidden_size} is not divisible by num_attention_heads {heads}"
         yield Fault(("num_attention_heads",), message, remedy="give head_dim, or change one of the two")
-    elif rope is not None:
-        rotary = policy.key_width(model.hidden_size) * rope.partial_rotary_factor
-        if rotary % 2:
-            message = f"the rotary part of a head is {rotary:g} wide, and must be a positive even number"
-            yield Fault(("rope_parameters",), message, remedy="change head_dim or partial_rotary_factor")
+    else:
+        yield from rotary_width_faults(policy.rope_parameters, policy.key_width(model.hidden_size))
 
 
 GPU = ("flash_attention_4", "cudnn", "triton", "flex_attention", "sdpa", "chunkwise", "eager", "host")

@@ -17,6 +17,8 @@ from attncompiler.mechanisms.base import (
     Policy,
     RopeParameters,
     Value,
+    rope_faults,
+    rotary_width_faults,
 )
 
 FeatureMap = Literal["elu", "favor", "relu", "identity"]
@@ -75,7 +77,7 @@ def unbuilt(policy: LinearAttentionPolicy) -> tuple[str, ...]:
 
 def relations(policy: LinearAttentionPolicy, model: Any) -> Iterator[Fault]:
     """Widths that do not fit together, and options that only some feature maps have."""
-    heads, rope = policy.num_attention_heads, policy.rope_parameters
+    heads = policy.num_attention_heads
     if policy.normalize and policy.feature_map == "identity":
         message = "normalize needs features that are not negative, and those of feature_map 'identity' have any sign"
         yield Fault(("feature_map",), message, code="E105", remedy="set normalize: false")
@@ -86,14 +88,12 @@ def relations(policy: LinearAttentionPolicy, model: Any) -> Iterator[Fault]:
                 yield Fault((option,), message, code="E105")
     if policy.decay != "none" and not policy.causal:
         yield Fault(("decay",), "a decay runs along time, and needs causal: true", code="E105")
+    yield from rope_faults(policy.rope_parameters)
     if policy.head_dim is None and model.hidden_size % heads:
         message = f"hidden_size {model.hidden_size} is not divisible by num_attention_heads {heads}"
         yield Fault(("num_attention_heads",), message, remedy="give head_dim, or change one of the two")
-    elif rope is not None:
-        rotary = policy.key_width(model.hidden_size) * rope.partial_rotary_factor
-        if rotary % 2:
-            message = f"the rotary part of a head is {rotary:g} wide, and must be a positive even number"
-            yield Fault(("rope_parameters",), message, remedy="change head_dim or partial_rotary_factor")
+    else:
+        yield from rotary_width_faults(policy.rope_parameters, policy.key_width(model.hidden_size))
 
 
 GPU = ("triton", "fla", "chunkwise", "eager", "host")
