@@ -11,9 +11,15 @@ from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import discover
 from attncompiler.runtime.operator import NO_SITE
 
+WHOLE = ("segment_ids", "kv_segment_ids", "q_positions", "kv_positions")
+"""inputs of any operator that count"""
+
 
 def check_shapes(tensors: Mapping[str, Tensor | None], layouts: Mapping[str, str]) -> dict[str, int]:
-    """Sizes by symbol, from tensors and layouts such as "BTHD". Raises InputError (E401) naming what disagrees."""
+    """Sizes by symbol, from tensors and layouts such as "BTHD".
+
+    Raises InputError (E401) naming what disagrees or is empty: no kernel is asked about a sequence without tokens.
+    """
     sizes: dict[str, int] = {}
     first: dict[str, str] = {}
     for name, layout in layouts.items():
@@ -23,6 +29,8 @@ def check_shapes(tensors: Mapping[str, Tensor | None], layouts: Mapping[str, str
         if tensor.dim() != len(layout):
             raise fail(InputError, "E401", f"{name} must be ({', '.join(layout)}), not {tuple(tensor.shape)}")
         for symbol, size in zip(layout, tensor.shape, strict=True):
+            if size == 0:
+                raise fail(InputError, "E401", f"{name} is empty: {symbol} = 0 in ({', '.join(layout)})")
             if symbol in sizes and sizes[symbol] != size:
                 raise fail(
                     InputError,
@@ -47,9 +55,11 @@ def check_dtypes(
 ) -> dict[str, Tensor | None]:
     """The tensors, those named in `wide` raised to fp32 (fp64 where the others are fp64).
 
-    Raises InputError (E402) unless those named in `low` are of one floating dtype, and none in `wide` is wider.
+    Raises InputError (E402) unless those named in `low` are of one floating dtype, none in `wide` is wider, and those
+    of `WHOLE` are whole numbers.
     """
-    given = {name: tensor for name in low if (tensor := tensors.get(name)) is not None}
+    # no name is assigned inside the comprehension: that would be a cell, which Dynamo cannot read
+    given = {name: tensor for name, tensor in tensors.items() if name in low and tensor is not None}
     found = {tensor.dtype for tensor in given.values()}
     if len(found) > 1 or not all(dtype.is_floating_point for dtype in found):
         listed = ", ".join(f"{name} {tensor.dtype}" for name, tensor in given.items())
@@ -66,6 +76,10 @@ def check_dtypes(
                 InputError, "E402", f"{name} must be {limit} or narrower where {low[0]} is {dtype}, not {tensor.dtype}"
             )
         raised[name] = tensor.to(limit)
+    for name in WHOLE:
+        tensor = tensors.get(name)
+        if tensor is not None and tensor.is_floating_point():
+            raise fail(InputError, "E402", f"{name} must be whole numbers, not {tensor.dtype}")
     return raised
 
 
@@ -77,18 +91,23 @@ def boolean_mask(attention_mask: Tensor | None) -> Tensor | None:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device; fp64 stays."""
+    """The tensors in autocast's dtype where autocast is on for their device; fp64, and what is no float, stays."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) if tensor.dtype != torch.float64 else tensor for tensor in tensors)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
 
 
 def kernel_names(mechanism: str, kernel: str | Sequence[str]) -> tuple[str, ...]:
     """The only kernels allowed; () for "auto". Raises InputError (E403) on a name the mechanism does not know."""
     if kernel == "auto":
         return ()
+    if not isinstance(kernel, Sequence):
+        raise fail(InputError, "E403", f"kernel must be 'auto', a name or a list of names, not {kernel!r}")
     names = (kernel,) if isinstance(kernel, str) else tuple(kernel)
     known = discover()[mechanism].names
     for name in names:

@@ -139,7 +139,7 @@ def test_parameters_are_taken_in_lower_precision_and_never_in_higher() -> None:
     given = {key: x.float() for key, x in tensors(0, 5).items()}
     low = {**given, "D": given["D"].bfloat16()}
     assert torch.equal(scan(low), scan({**given, "D": given["D"].bfloat16().float()}))
-    with pytest.raises(InputError, match=r"E402 d must be of torch\.float32 or narrower"):
+    with pytest.raises(InputError, match=r"E402 d must be torch\.float32 or narrower"):
         scan({**given, "D": given["D"].double()})
 
 
