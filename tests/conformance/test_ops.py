@@ -131,6 +131,36 @@ def test_dtypes_are_checked_at_the_door(call: tuple[Callable[..., Any], dict[str
         function(**tensors | {first: tensors[first].to(torch.int64)})
 
 
+def test_what_is_empty_is_refused(call: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
+    """torch's own kernel divides by the length, and takes the process with it."""
+    function, given = call
+    for start, stop in ((0, 0), (T, T)):
+        cut = {name: t[:, start:stop] if t.dim() > 1 and t.shape[:2] == (B, T) else t for name, t in given.items()}
+        with pytest.raises(InputError, match=r"E401 .* is empty: T = 0"):
+            function(**cut)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"softcap": 0.0}, "E403 softcap must be above 0"),
+        ({"dropout_seed": torch.tensor(1)}, "E403 dropout_seed needs dropout"),
+        ({"kernel": None}, "E403 kernel must be"),
+        ({"segment_ids": torch.zeros(B, T)}, "E402 segment_ids must be whole numbers"),
+    ],
+)
+def test_arguments_that_would_mean_nothing_are_refused(arguments: dict[str, Any], message: str) -> None:
+    q = made(B, T, H, D)
+    with pytest.raises(InputError, match=message):
+        ops.attention(q, q, q, **arguments)
+
+
+def test_whole_numbers_are_refused_under_autocast_too() -> None:
+    q = torch.ones(B, T, H, D, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="E402"):
+        ops.attention(q, q, q)
+
+
 def test_signatures_share_their_options(call: tuple[Callable[..., Any], dict[str, Tensor]]) -> None:
     function, _ = call
     parameters = inspect.signature(function).parameters

@@ -153,6 +153,10 @@ def attention(
     Raises InputError (E401 shapes, E402 dtypes, E403 arguments, E404 devices) and KernelError (E501) when no allowed
     kernel offers what is asked.
     """
+    if softcap is not None and not softcap > 0:
+        raise fail(InputError, "E403", f"softcap must be above 0, not {softcap}", remedy="pass None for no cap")
+    if dropout_seed is not None and not dropout:
+        raise fail(InputError, "E403", "dropout_seed needs dropout")
     tensors = check(
         q,
         k,
@@ -168,7 +172,7 @@ def attention(
     )
     options = AttentionOptions(
         kernel=kernel_names("attention", kernel),
-        deterministic=deterministic,
+        deterministic=bool(deterministic),
         pattern=as_pattern(pattern),
         scale=None if scale is None else float(scale),
         softcap=None if softcap is None else float(softcap),

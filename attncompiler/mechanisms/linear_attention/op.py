@@ -175,6 +175,8 @@ def check(
 ) -> dict[str, Tensor | None]:
     """The operator's inputs by name, after one check of shapes, dtypes and devices at the door."""
     q, k, v = autocast(q, k, v)
+    if initial_state is not None and (len(initial_state) != 3 or any(part is None for part in initial_state)):
+        raise fail(InputError, "E403", "initial_state must be the three tensors (S, z, m)")
     s, z, m = (None, None, None) if initial_state is None else initial_state
     tensors: dict[str, Tensor | None] = {
         "q": q,

@@ -113,6 +113,8 @@ def ssd(
     Raises InputError (E401 shapes, E402 dtypes, E403 arguments, E404 devices) and KernelError (E501) when no allowed
     kernel offers what is asked.
     """
+    if len(dt_limit) != 2:
+        raise fail(InputError, "E403", f"dt_limit must be a low and a high limit, not {dt_limit!r}")
     low, high = (float(limit) for limit in dt_limit)
     if not low < high:
         raise fail(InputError, "E403", f"dt_limit must be a range that rises, not ({low:g}, {high:g})")
