@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from attncompiler import spec as specs
 from attncompiler import targets
-from attncompiler.errors import ArtifactError, fail
+from attncompiler.errors import ArtifactError, UsageError, fail
 from attncompiler.planning import Plan
 from attncompiler.planning import plan as plan_for
 from attncompiler.spec.model import ModelSpec
@@ -31,8 +31,10 @@ Source = str | os.PathLike[str] | ModelSpec
 
 
 def read(source: Source, overrides: Sequence[str] = ()) -> ModelSpec:
-    """A validated spec from a path (or as it is); `overrides` are "a.b=c" texts. Raises SpecError with every fault."""
-    return source if isinstance(source, ModelSpec) else specs.read(Path(source), overrides=overrides)
+    """A validated spec from a path or a spec; `overrides` are "a.b=c" texts. Raises SpecError with every fault."""
+    if not isinstance(source, ModelSpec):
+        return specs.read(Path(source), overrides=overrides)
+    return specs.parse(specs.dump(source), overrides=overrides) if overrides else source
 
 
 def check(source: Source, *, overrides: Sequence[str] = ()) -> ModelSpec:
@@ -58,7 +60,12 @@ def plan(source: Source, target: str | Target | None = None) -> dict[str, Plan]:
 def explain(
     source: Source, *, target: str | Target | None = None, batch: int = 1, seq_len: int = 2048
 ) -> dict[str, dict[str, Any]]:
-    """Per target: chains, refusals and cost of every layer, and whether training fits. Plain data."""
+    """Per target: chains, refusals and cost of every layer, and whether training fits. Plain data.
+
+    Raises UsageError (E602) for a batch without sequences or sequences without tokens, and what `plan` raises.
+    """
+    if batch < 1 or seq_len < 1:
+        raise fail(UsageError, "E602", f"batch and seq_len must be at least 1, not {batch} and {seq_len}")
     spec = read(source)
     from attncompiler.planning.explanation import explain as explain_plan
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from small_specs import NAMES, example, small
 
-from attncompiler import targets
+from attncompiler import pipeline, targets
+from attncompiler.errors import SpecError, UsageError
 from attncompiler.planning import plan
 from attncompiler.planning.cost import model_cost
 from attncompiler.planning.explanation import explain
@@ -61,6 +62,19 @@ def test_13_billion_parameters_do_not_train_on_one_a6000() -> None:
     assert 3 <= fit["devices"] <= 16
     # at eight layers to a kind the explanation is short, whatever the depth
     assert len(data["layers"]) == 3
+
+
+@pytest.mark.parametrize("size", [{"batch": 0}, {"seq_len": 0}, {"batch": -1}])
+def test_a_step_without_tokens_is_an_error(size: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="E602 batch and seq_len must be at least 1"):
+        pipeline.explain(example("llama_tiny"), **size)
+
+
+def test_overrides_reach_a_spec_that_is_read_already() -> None:
+    spec = example("llama_tiny")
+    assert pipeline.check(spec, overrides=["seed=7"]).model_dump() == spec.model_dump() | {"seed": 7}
+    with pytest.raises(SpecError, match=r"--set model\.hidden_size=0: E014"):
+        pipeline.check(spec, overrides=["model.hidden_size=0"])
 
 
 def test_a_small_model_fits_and_says_so() -> None:
