@@ -57,6 +57,7 @@ CATALOGUE: dict[str, str] = {
     "E601": "a folder cannot be written",
     "E602": "a command's arguments do not fit together",
     "E603": "the operating system refused an operation",
+    "E604": "the device has no room",
 }
 
 

@@ -91,10 +91,7 @@ def build(
     """
     from attncompiler.emit import emit
 
-    spec = check(source, overrides=overrides)
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": name})})
+    spec = _in_dtype(check(source, overrides=overrides), dtype)
     device = _device(device, target)
     planned = _plan_here(spec, device, target)
     if planned.unserved() and elsewhere:
@@ -129,14 +126,23 @@ def load(
     from attncompiler.emit import emit
 
     stored = artifact.read(Path(path))
+    spec = _in_dtype(stored.spec, dtype or stored.dtype)
     device = _device(device, None)
-    planned = _plan_here(stored.spec, device, None).require()
+    planned = _plan_here(spec, device, None).require()
     if locked and (stored.plan is None or planned.choices() != stored.plan.choices()):
         raise fail(ArtifactError, "E305", f"{path} was planned for other hardware than {planned.target}")
-    model = emit(stored.spec, planned, device=device, dtype=dtype or stored.dtype, draw=not stored.has_weights)
+    model = emit(spec, planned, device=device, draw=not stored.has_weights)
     if stored.has_weights and device != "meta":
         stored.load_into(model)
     return model
+
+
+def _in_dtype(spec: ModelSpec, dtype: torch.dtype | None) -> ModelSpec:
+    """The spec with the dtype of its parameters replaced, so that plan, model and artifact agree on it."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name == spec.model.dtype:
+        return spec
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": name})})
 
 
 def _target(target: str | Target) -> Target:

@@ -12,7 +12,7 @@ from torch import nn
 from attncompiler import spec as specs
 from attncompiler.artifact import layout, plans, weights
 from attncompiler.artifact.manifest import Manifest, damaged, read_manifest, read_text, verify_files
-from attncompiler.artifact.replace import recover
+from attncompiler.artifact.replace import standing
 from attncompiler.errors import ArtifactError, fail
 from attncompiler.planning import Plan
 from attncompiler.spec.model import ModelSpec
@@ -52,8 +52,7 @@ def read(path: Path) -> Artifact:
     when its spec is not valid.
     """
     try:
-        path = path.resolve()
-        recover(path)
+        path = standing(path.resolve())
         manifest = read_manifest(path)
         verify_files(path, manifest)
         spec = specs.parse(read_text(path / layout.SPEC), filename=str(path / layout.SPEC))

@@ -43,6 +43,18 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def standing(path: Path) -> Path:
+    """Where a reader finds the artifact of `path`: there, put back first if a crash left it aside.
+
+    While another process is between its two renames it is read where it stands, aside: to put it back would break
+    that save. Raises ArtifactError (E301) when it cannot be put back.
+    """
+    if not layout.is_artifact(path) and any(_is_alive(writer) and writer != os.getpid() for writer in _writers(path)):
+        return _aside(path)
+    recover(path)
+    return path
+
+
 def recover(path: Path) -> None:
     """Put back an artifact that a crash left aside. Raises ArtifactError (E301) when it cannot be put back."""
     aside = _aside(path)
@@ -83,11 +95,21 @@ def _is_empty(path: Path) -> bool:
 def _remove_leftovers(path: Path) -> None:
     """What crashes left: an old folder whose successor stands, and new ones whose process is gone."""
     shutil.rmtree(_aside(path), ignore_errors=True)
+    for process, folders in _writers(path).items():
+        if not _is_alive(process):
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _writers(path: Path) -> dict[int, list[Path]]:
+    """The processes that have begun to write an artifact for `path`, and their unfinished folders."""
+    found: dict[int, list[Path]] = {}
     prefix = _prefix(path)
-    for folder in path.parent.iterdir():
+    for folder in path.parent.iterdir() if path.parent.is_dir() else ():
         process = folder.name.removeprefix(prefix).partition("-")[0]
-        if folder.name.startswith(prefix) and process.isdecimal() and not _is_alive(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder.name.startswith(prefix) and process.isdecimal():
+            found.setdefault(int(process), []).append(folder)
+    return found
 
 
 def _is_alive(process: int) -> bool:

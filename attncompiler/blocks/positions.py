@@ -30,6 +30,25 @@ def segment_positions(attention_mask: Tensor | None, segment_ids: Tensor | None,
     return index - torch.where(first, index, 0).cummax(1).values
 
 
+def check_inputs(tokens: Tensor, **others: Tensor | None) -> None:
+    """One check at a model's door. Raises InputError: E401 shapes, E402 ids that are not whole numbers."""
+    if tokens.dim() not in (2, 3):
+        raise fail(
+            InputError, "E401", f"a model takes tokens (B, T) or embeddings (B, T, M), not {tuple(tokens.shape)}"
+        )
+    if (tokens.dim() == 2) == tokens.is_floating_point():
+        raise fail(InputError, "E402", f"tokens must be whole numbers and embeddings floating, not {tokens.dtype}")
+    B, T = tokens.shape[:2]
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        rows = (1, B) if name == "position_ids" else (B,)
+        if tensor.dim() != 2 or tensor.shape[0] not in rows or tensor.shape[1] != T:
+            raise fail(InputError, "E401", f"{name} must be ({B}, {T}) as the tokens are, not {tuple(tensor.shape)}")
+        if name != "attention_mask" and tensor.is_floating_point():
+            raise fail(InputError, "E402", f"{name} must be whole numbers, not {tensor.dtype}")
+
+
 class Positions(nn.Module):
     """Position ids (B or 1, T) for rotary and learned positions: those given, else counted inside each segment."""
 
@@ -40,22 +59,33 @@ class Positions(nn.Module):
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
     ) -> Tensor:
-        """`tokens` is (B, T) or (B, T, M); only its length counts."""
+        """`tokens` is (B, T), whole numbers, or (B, T, M); only its size counts.
+
+        Raises InputError: E401 for shapes that do not fit the tokens, E402 for ids that are not whole numbers.
+        """
+        check_inputs(tokens, attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids)
         if position_ids is not None:
             return position_ids
         if attention_mask is None and segment_ids is None:
             return torch.arange(tokens.shape[1], device=tokens.device)[None]
         mask = None if attention_mask is None else attention_mask != 0
-        # a padded token's position means nothing, but must be a row of a table of learned positions
-        return segment_positions(mask, segment_ids, tokens.shape[1]).clamp(min=0)
+        return segment_positions(mask, segment_ids, tokens.shape[1])
 
 
 class StepPositions(nn.Module):
     """The part of a decode state that belongs to no layer: how many tokens it has seen, and the next position."""
 
     def forward(self, tokens: Tensor, state: dict[str, Any], attention_mask: Tensor | None = None) -> dict[str, Any]:
-        """Position ids (B, T) of the new tokens and the state after them. Raises InputError (E502) when it is full."""
+        """Position ids (B, T) of the new tokens and the state after them.
+
+        Raises InputError: E502 when the state is full, E401 and E402 for tokens and masks that do not fit it.
+        """
+        check_inputs(tokens, attention_mask=attention_mask)
         B, T = tokens.shape[:2]
+        if state["position"].shape[0] != B:
+            raise fail(
+                InputError, "E401", f"the state is for {state['position'].shape[0]} sequences, and {B} were given"
+            )
         seen = state["seen"] + T
         if seen > state["max_length"]:
             raise fail(

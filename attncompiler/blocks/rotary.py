@@ -14,7 +14,7 @@ class Rotary(nn.Module):
     """Turns pairs of a head's channels by position · theta^(−2i / width), the first `partial` share of them.
 
     Pairs are (i, i + width/2) as in HF's Llama, or (2i, 2i + 1) when interleaved, as in GPT-J. Angles are computed in
-    fp32 from the positions themselves, so there is no table to grow, to move or to lose precision.
+    fp32 (fp64 for fp64) from the positions themselves, so there is no table to grow or to move.
     """
 
     def __init__(self, head_dim: int, parameters: RopeParameters):
@@ -27,8 +27,9 @@ class Rotary(nn.Module):
         """q (B, T, H, D), k (B, T, K, D), position_ids (B or 1, T), default 0 … T−1 → q, k, turned, in their dtypes."""
         if position_ids is None:
             position_ids = torch.arange(q.shape[1], device=q.device)[None]
-        exponent = torch.arange(0, self.width, 2, device=q.device, dtype=torch.float32) / self.width
-        angles = position_ids[..., None].float() * self.theta**-exponent
+        wide = torch.promote_types(q.dtype, torch.float32)
+        exponent = torch.arange(0, self.width, 2, device=q.device, dtype=wide) / self.width
+        angles = position_ids[..., None].to(wide) * self.theta**-exponent
         cos, sin = angles.cos(), angles.sin()
         if self.interleaved:
             cos, sin = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)

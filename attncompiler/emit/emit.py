@@ -16,15 +16,13 @@ from attncompiler.runtime.site import Site
 from attncompiler.spec import ModelSpec, ResolvedLayer
 
 
-def emit(
-    spec: ModelSpec, plan: Plan, *, device: torch.device | str, dtype: torch.dtype | None = None, draw: bool = True
-) -> CompiledModel:
-    """A model for `plan`, on `device` ("meta": without storage), in `dtype` (default: the spec's).
+def emit(spec: ModelSpec, plan: Plan, *, device: torch.device | str, draw: bool = True) -> CompiledModel:
+    """A model for `plan`, on `device` ("meta": without storage), in the spec's dtype.
 
     With `draw` its weights come from the spec's seed; without, they are left empty for a loader to fill.
     """
     device = torch.device(device)
-    with torch.device("meta"), _default_dtype(dtype or getattr(torch, spec.model.dtype)):
+    with torch.device("meta"), _default_dtype(getattr(torch, spec.model.dtype)):
         layers = {str(layer.index): _layer(spec, layer, planned) for layer, planned in _pairs(spec, plan)}
         root = Model(spec, layers)
     _tie(spec, root)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attncompiler.errors import UsageError, fail
+
 STANDARD_DEVIATION = 0.02
 """of linear and embedding weights, HF's `initializer_range`"""
 
@@ -42,7 +44,26 @@ def own_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]
 
 
 def materialise(model: nn.Module, seed: int | None, device: torch.device) -> None:
-    """Move a model on meta to `device`, ties kept; draw its weights, or leave them empty with `seed=None`."""
+    """Move a model on meta to `device`, ties kept; draw its weights, or leave them empty with `seed=None`.
+
+    Raises UsageError (E604) when the device has no room for them.
+    """
+    try:
+        _fill(model, seed, device)
+    except (RuntimeError, MemoryError) as error:
+        # torch's allocators raise plain RuntimeErrors; anything else of theirs is not ours to rename
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "alloc" not in str(error):
+            raise
+        count = sum(tensor.numel() * tensor.element_size() for _, _, _, tensor in own_tensors(model))
+        raise fail(
+            UsageError,
+            "E604",
+            f"{device} has no room for the weights: they take {count / 2**30:.1f} GiB",
+            remedy="build on meta, and load where there is room",
+        ) from None
+
+
+def _fill(model: nn.Module, seed: int | None, device: torch.device) -> None:
     replaced: dict[int, Tensor] = {}
     with torch.no_grad():
         for full_name, module, name, tensor in list(own_tensors(model)):

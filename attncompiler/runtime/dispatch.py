@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attncompiler.errors import KernelError, fail
+from attncompiler.errors import InputError, KernelError, fail
 from attncompiler.mechanisms.base import Kernel, Mechanism, Request, discover, load_entry, refusals
 from attncompiler.runtime import registry
 from attncompiler.runtime.implementation import Implementation, Tensors
@@ -86,16 +86,23 @@ def _attempt(
     reasons: list[str],
 ) -> dict[str, Tensor] | None:
     """The kernel's results, or None when it has no such direction or failed and the chain may go on."""
+    cause: str | None = None
     try:
         with torch.autocast(device, enabled=False):  # the door has cast; a kernel's fp32 accumulators stay fp32
             results = call(load_entry(kernel.entry))
+    except InputError:
+        raise  # the caller's fault, which no other kernel mends
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
         reasons.append(f"{kernel.name}: failed with {cause}")
         if site is None or site.on_failure == "raise":
             raise
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    if cause is not None:
+        # outside the handler, whose traceback holds what the failed kernel had allocated
+        assert site is not None
         site.failed(kernel.name, direction, cause)
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory:
             torch.cuda.empty_cache()
         warnings.warn(
             f"{site.label}: {kernel.name} ({direction}) failed with {cause}; the next kernel of the chain runs",

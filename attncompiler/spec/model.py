@@ -36,7 +36,7 @@ class Embedding(SpecModel):
     """What is added to, and done with, the token embeddings before the first layer."""
 
     positions: Literal["none", "learned"] = Field(default="none", description="learned: a table of absolute positions")
-    token_types: int = Field(default=0, ge=0, description="size of the token type table; 0: none")
+    token_types: int = Field(default=0, ge=0, lt=2**20, description="size of the token type table; 0: none")
     norm: bool = Field(default=False, description="normalise the embeddings")
     multiplier: float = Field(default=1.0, gt=0, description="the embeddings are multiplied by it")
 
@@ -55,7 +55,7 @@ class Mlp(SpecModel):
     """A feed-forward part: gated is down(act(gate(x)) · up(x)), plain is down(act(up(x)))."""
 
     kind: Literal["gated", "plain"]
-    intermediate_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1, lt=2**24)
     hidden_act: Activation = "silu"
     bias: bool = False
 
@@ -73,7 +73,7 @@ class MlpChanges(SpecModel):
     """What a layer changes of `model.mlp`; what it does not name stays."""
 
     kind: Literal["gated", "plain", "none"] | None = None
-    intermediate_size: int | None = Field(default=None, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1, lt=2**24)
     hidden_act: Activation | None = None
     bias: bool | None = None
 
@@ -93,7 +93,7 @@ class ClassifierHead(SpecModel):
     """Logits over labels for every sequence."""
 
     kind: Literal["classifier"]
-    num_labels: int = Field(ge=1)
+    num_labels: int = Field(ge=1, lt=2**31)
     pooling: Literal["first", "last", "mean"] = Field(default="last", description="over the real tokens of a sequence")
 
 
@@ -109,9 +109,11 @@ class Model(SpecModel):
     input: Literal["tokens", "embeds"] = Field(
         default="tokens", description="embeds: hidden states are fed, no vocabulary"
     )
-    vocab_size: int | None = Field(default=None, ge=1)
-    hidden_size: int = Field(ge=1)
-    max_position_embeddings: int = Field(default=2048, ge=1, description="the longest sequence the model is meant for")
+    vocab_size: int | None = Field(default=None, ge=1, lt=2**31)
+    hidden_size: int = Field(ge=1, lt=2**20)
+    max_position_embeddings: int = Field(
+        default=2048, ge=1, lt=2**40, description="the longest sequence the model is meant for"
+    )
     embedding: Embedding = Embedding()
     norm: Norm = Norm()
     block: Literal["sequential", "parallel"] = Field(

@@ -174,7 +174,7 @@ def future_changed(start: int) -> Program:
             if not tensor.is_floating_point():
                 return tensor
             kept, later = tensor.narrow(axis, 0, start), tensor.narrow(axis, start, tensor.shape[axis] - start)
-            return torch.cat([kept, 2.0 - later.flip(axis)], axis)
+            return torch.cat([kept, 1.5 * later.flip(axis)], axis)
 
         plain, changed, axes = call(case), call(case.map(change)), case.operator.sequence
         rest = length(case) - start

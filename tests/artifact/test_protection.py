@@ -235,3 +235,16 @@ def test_a_folder_made_meanwhile_hides_no_artifact_left_aside(trained: Path, mon
         with pytest.raises(AttnCompilerError, match=r"E301 .*interrupted save left .*attncompiler-old"):
             action()
     assert content(trained.parent) == before
+
+
+def test_a_reader_between_another_processs_renames_breaks_neither(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifact is read where it stands aside, and left there for the writer that is still at work."""
+    crash(2, trained, monkeypatch)
+    (unfinished,) = [entry for entry in trained.parent.iterdir() if f"-{os.getpid()}-" in entry.name]
+    unfinished.rename(unfinished.with_name(unfinished.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-")))
+    before = content(trained.parent)
+    assert torch.all(attncompiler.load(trained, device="cpu").norm.weight == 1.5)
+    assert content(trained.parent) == before
+    assert not trained.exists()

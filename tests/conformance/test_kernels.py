@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from attncompiler.errors import KernelError
@@ -77,23 +78,28 @@ def test_some_kernel_serves_every_case(mechanism: Mechanism, device: str, cases:
 def test_deterministic_calls_are_bitwise_repeatable(
     kernel: Kernel, device: str, cases: Cases, for_cases: ForCases
 ) -> None:
+    served = []
+
     def check(case: Case) -> None:
         options = case.options.model_copy(update={"deterministic": True})
         case = prepared(Case(case.operator, case.tensors, options, case.causal), torch.float32, device)
         if refusals_of(kernel, case):
             return
+        served.append(case)
         grads = cotangents(case)
         first, second = (evaluate(kernel_call(kernel.name), case, grads) for _ in range(2))
         for name in first:
             assert torch.equal(first[name], second[name]), name
 
-    for_cases(check, cases.extras(), share=0.5)
+    for_cases(check, st.one_of(cases.draw(), cases.extras()), share=0.5)
+    assert served, f"{kernel.name} refused every call"
 
 
 def test_a_backward_serves_what_any_kernel_ran_forward(
     mechanism: Mechanism, kernel: Kernel, device: str, cases: Cases, other_kernels: list[Kernel], for_cases: ForCases
 ) -> None:
     """What a backward is given is inputs and outputs alone, so the chain may change kernel between the two."""
+    served = []
 
     def check(case: Case) -> None:
         case = prepared(case, torch.float32, device)
@@ -102,6 +108,7 @@ def test_a_backward_serves_what_any_kernel_ran_forward(
         for forward in other_kernels:
             if refusals_of(kernel, case) or refusals_of(forward, case):
                 continue
+            served.append(case)
             with torch.no_grad(), poisoned():
                 outputs = _implementation(forward).forward(case.tensors, case.options)
                 found = _implementation(kernel).backward(
@@ -111,16 +118,19 @@ def test_a_backward_serves_what_any_kernel_ran_forward(
             verdicts = judge(outputs | {f"grad {name}": grad for name, grad in found.items()}, expected)
             assert all(verdict.ok for verdict in verdicts), "\n".join([forward.name, *map(str, verdicts)])
 
-    for_cases(check, cases.extras())
+    for_cases(check, st.one_of(cases.draw(), cases.extras()))
+    assert served or not other_kernels, f"no call was served by {kernel.name} and another kernel"
 
 
 def test_a_kernel_is_pure(kernel: Kernel, device: str, cases: Cases, for_cases: ForCases) -> None:
     """It changes no argument, shares no memory with one, and gives what the operator's fake promises."""
+    served = []
 
     def check(case: Case) -> None:
         case = prepared(case, torch.bfloat16, device)
         if refusals_of(kernel, case):
             return
+        served.append(case)
         run = _implementation(kernel)
         grads = {name: grad.to(device) for name, grad in cotangents(case).items()}
         given = {**case.tensors, **{f"cotangent {name}": grad for name, grad in grads.items()}}

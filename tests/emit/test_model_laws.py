@@ -141,3 +141,20 @@ def test_a_model_that_is_not_causal_refuses_to_step(kind: str) -> None:
         built.init_state(1, 8)
     with pytest.raises(InputError, match="E503"):
         built.step(tokens(), {})
+
+
+def test_what_does_not_fit_is_refused_at_the_door() -> None:
+    built = model(MIXERS["attention"])
+    x = tokens(2, 9)
+    wrong = [
+        ("E402 tokens must be whole numbers", lambda: built(x.float())),
+        ("E401 a model takes tokens", lambda: built(x[0])),
+        (r"E401 attention_mask must be \(2, 9\)", lambda: built(x, attention_mask=torch.ones(2, 8))),
+        (r"E401 position_ids must be \(2, 9\)", lambda: built(x, position_ids=torch.arange(9))),
+        ("E402 position_ids must be whole", lambda: built(x, position_ids=torch.ones(2, 9))),
+        (r"E401 segment_ids must be \(2, 9\)", lambda: built(x, segment_ids=torch.zeros(3, 9, dtype=torch.int64))),
+        ("E401 the state is for 3 sequences", lambda: built.step(x, built.init_state(3, 16))),
+    ]
+    for message, call in wrong:
+        with pytest.raises(InputError, match=message):
+            call()

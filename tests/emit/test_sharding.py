@@ -30,9 +30,10 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
         loss = built.loss(x[part], y[part])
         loss.backward()
         full = {name: p.grad.full_tensor() for name, p in built.named_parameters()}
-        dist.all_reduce(loss.detach())
+        total = loss.detach().clone()
+        dist.all_reduce(total)
         if rank == 0:
-            torch.save({"grads": full}, Path(folder) / "sharded.pt")
+            torch.save({"grads": full, "loss": total / world}, Path(folder) / "sharded.pt")
     finally:
         dist.destroy_process_group()
 
@@ -43,7 +44,9 @@ def test_fully_shard_on_every_layer_gives_the_gradients_of_one_process(tmp_path:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(_worker, args=(2, port, str(tmp_path)), nprocs=2)
-    sharded = torch.load(tmp_path / "sharded.pt", weights_only=True)["grads"]
+    sharded = torch.load(tmp_path / "sharded.pt", weights_only=True)
     built = model(*MIXERS.values(), layers=1)
-    built.loss(tokens(4, 11), tokens(4, 11, seed=1)).backward()
-    torch.testing.assert_close(sharded, gradients(built), rtol=1e-4, atol=1e-6)
+    loss = built.loss(tokens(4, 11), tokens(4, 11, seed=1))
+    loss.backward()
+    torch.testing.assert_close(sharded["loss"], loss.detach())
+    torch.testing.assert_close(sharded["grads"], gradients(built), rtol=1e-4, atol=1e-6)

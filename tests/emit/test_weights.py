@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from tiny import ENCODERS, MIXERS, model, spec, tokens
 
 import attncompiler
 from attncompiler.emit.weights import materialise, own_tensors
+from attncompiler.errors import UsageError
 from attncompiler.pipeline import build
 
 HYBRID = tuple(MIXERS.values())
@@ -74,3 +78,20 @@ def test_a_model_on_meta_runs_without_storage() -> None:
     out = built(torch.zeros(2, 9, dtype=torch.int64, device="meta"))
     assert out.shape == (2, 9, 64)
     assert out.device.type == "meta"
+
+
+def test_weights_without_room_are_a_coded_error() -> None:
+    overrides = ("model.vocab_size=2147483647", "model.hidden_size=524288")
+    with pytest.raises(UsageError, match=r"E604 cpu has no room for the weights: they take \d+\.\d GiB"):
+        build(Path(__file__).parents[2] / "specs" / "mamba_tiny.yaml", device="cpu", overrides=overrides)
+
+
+def test_a_dtype_given_to_load_is_the_models_its_plans_and_its_specs(tmp_path: Path) -> None:
+    built = model(*HYBRID, layers=1)
+    attncompiler.save(built, tmp_path / "m")
+    loaded = attncompiler.load(tmp_path / "m", device="cpu", dtype=torch.bfloat16)
+    assert (loaded.spec.model.dtype, loaded.plan.dtype) == ("bfloat16", "bfloat16")
+    assert loaded.norm.weight.dtype == torch.bfloat16
+    assert {layer.mixer.dt_proj.bias.dtype for layer in loaded.layers.values() if hasattr(layer.mixer, "dt_proj")} == {
+        torch.float32
+    }

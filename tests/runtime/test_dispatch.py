@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attncompiler.errors import KernelError
+from attncompiler.errors import InputError, KernelError, fail
 from attncompiler.mechanisms import base
 from attncompiler.mechanisms.attention.layer import AttentionSite
 from attncompiler.mechanisms.attention.op import AttentionOptions, attention
@@ -80,6 +80,20 @@ def test_a_failure_moves_on_with_a_warning_and_a_record_and_the_same_result() ->
 def test_on_failure_raise_stops_with_the_kernels_own_error() -> None:
     with pytest.raises(RuntimeError, match="the kernel broke"):
         site("broken", "eager", on_failure="raise")(*qkv())
+
+
+@pytest.mark.usefixtures("planted")
+def test_an_error_of_the_caller_is_never_taken_for_a_failure_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> dict[str, torch.Tensor]:
+        raise fail(InputError, "E403", "not so")
+
+    load = dispatch.load_entry
+    refusing = Implementation(refuse, refuse)
+    monkeypatch.setattr(dispatch, "load_entry", lambda entry: refusing if entry.endswith(":BROKEN") else load(entry))
+    one = site("broken", "eager")
+    with pytest.raises(InputError, match="E403 not so"):
+        one(*qkv())
+    assert not one.record.failures
 
 
 @pytest.mark.usefixtures("planted")

@@ -50,7 +50,7 @@ def cost(policy: MambaPolicy, size: MixerSize) -> Cost:
             total = total + blocks.norm("rmsnorm", n, width, itemsize)
     return total + Cost(
         parameters=E * N + E,
-        fp32_parameters=E * N + E,
+        fp32_parameters=E * N + 2 * E,
         forward_flops=forward,
         backward_flops=backward,
         forward_vector_flops=forward,

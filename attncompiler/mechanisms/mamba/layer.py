@@ -42,7 +42,7 @@ class MambaSite(Site):
         `conv` is the convolution's part of the new state.
         """
         initial = None if state is None else state["ssm"]
-        tensors = check(u, dt, -A_log.exp(), B, C, D, z, dt_bias.to(A_log.dtype), initial, segment_ids, attention_mask)
+        tensors = check(u, dt, -A_log.exp(), B, C, D, z, dt_bias, initial, segment_ids, attention_mask)
         results = OPERATOR(tensors, self.options, self.handle)
         if state is None:
             return results["out"], None
@@ -57,7 +57,7 @@ class TimeStep(nn.Module):
         super().__init__()
         self.policy, self.rank = policy, policy.rank(hidden_size)
         self.weight = nn.Parameter(torch.empty(policy.channels(hidden_size), self.rank))
-        self.bias = nn.Parameter(torch.empty(policy.channels(hidden_size)))
+        self.bias = nn.Parameter(torch.empty(policy.channels(hidden_size), dtype=torch.float32))
 
     def initial_value(self, name: str, generator: torch.Generator) -> Tensor:
         """Mamba's scheme: the bias gives time steps log-uniform in the policy's range."""
