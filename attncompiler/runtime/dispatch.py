@@ -73,7 +73,7 @@ def _walk(
         KernelError,
         "E501",
         f"no kernel could run {operator.name} ({direction}) on {device}: " + " | ".join(reasons),
-        remedy="allow more kernels in the policy's `kernel` or in `fallback.order`",
+        remedy="leave out what is refused, or allow more kernels",
     )
 
 

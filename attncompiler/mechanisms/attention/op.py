@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from attncompiler.errors import InputError, fail
@@ -112,8 +112,12 @@ def as_pattern(pattern: str | Mapping[str, Any] | Pattern) -> Pattern:
     """A pattern from its kind, from a mapping as in YAML, or as it is. Raises InputError (E403) when it is none."""
     try:
         return _pattern.validate_python({"kind": pattern} if isinstance(pattern, str) else pattern)
-    except ValueError as error:
-        raise fail(InputError, "E403", f"pattern {pattern!r} is not valid: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise fail(
+            InputError, "E403", f"pattern {pattern!r} is not valid: {place + ': ' if place else ''}{first['msg']}"
+        ) from None
 
 
 @torch.compiler.allow_in_graph
