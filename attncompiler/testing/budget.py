@@ -6,8 +6,7 @@ gradients times max(1, input scale), a tensor is within the budget when
 
     max|err| ≤ 3·max|low err| + 16·eps·s   and   rms(err) ≤ 2·rms(low err) + 4·eps·s
 
-where `err` and `low err` are the distances to the reference run in fp64 on the same rounded inputs, `low err` being
-no less than what rounding those inputs once more would cost, since one run is one draw of roundings. For a kernel in
+where `err` and `low err` are the distances to the reference run in fp64 on the same rounded inputs. For a kernel in
 fp64 that truth is rounded as much as the kernel: its own `low err` is added once to either bound.
 """
 

@@ -93,26 +93,19 @@ def evaluate(call: Call, case: Case, grads: Mapping[str, Tensor], program: Progr
 def truth(mechanism: Mechanism, case: Case, dtype: torch.dtype, grads: Mapping[str, Tensor]) -> Oracle:
     """The oracle of a prepared case: the fp64 reference on its inputs, and what the reference in `dtype` loses.
 
-    One run of the reference is one draw of its roundings: where many terms cancel in few results, such as the gradient
-    of a parameter, a draw may be lucky by any factor. So what it loses is taken, element by element, to be no less than
-    what rounding the inputs once more would cost (the function's own conditioning: Higham, Accuracy and Stability of
-    Numerical Algorithms, section 1.6).
-
     In fp64 the reference cannot be measured against itself: it is taken to lose what it loses in fp32, less by the
     ratio of the two eps.
     """
     exact = _exact(mechanism, case, grads)
     if dtype != torch.float64:
         low = evaluate(reference_call(mechanism), _on_cpu(case, dtype), grads)
-        lost = _at_least(_distance(low, exact), _conditioning(mechanism, case, exact, grads, dtype))
+        lost = _distance(low, exact)
     else:
         single = _on_cpu(case, torch.float32)
         grads = {name: grad.float() for name, grad in grads.items()}
         low = evaluate(reference_call(mechanism), single, grads)
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        rounded = _exact(mechanism, single, grads)
-        lost = _at_least(_distance(low, rounded), _conditioning(mechanism, single, rounded, grads, torch.float32))
-        lost = {name: error * ratio for name, error in lost.items()}
+        lost = {name: error * ratio for name, error in _distance(low, _exact(mechanism, single, grads)).items()}
     return oracle(exact, lost, case.tensors, dtype)
 
 
@@ -122,31 +115,6 @@ def conforms(
     """What the budget says of `call`, reached by `program`, on a prepared case of `dtype`."""
     grads = cotangents(case, seed)
     return judge(evaluate(call, case, grads, program), truth(mechanism, case, dtype, grads))
-
-
-def _conditioning(
-    mechanism: Mechanism, case: Case, exact: Mapping[str, Tensor], grads: Mapping[str, Tensor], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """How far the fp64 reference moves when every floating input and cotangent is rounded to `dtype` once more."""
-    generator = torch.Generator().manual_seed(0)
-    half = torch.finfo(dtype).eps / 2
-
-    def rounded(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        wide = tensor.detach().double().cpu()
-        return wide * (1 + half * (2 * torch.rand(wide.shape, generator=generator, dtype=torch.float64) - 1))
-
-    moved = replace(case, tensors={name: rounded(tensor) for name, tensor in case.tensors.items()})
-    return _distance(_exact(mechanism, moved, {name: rounded(grad) for name, grad in grads.items()}), exact)
-
-
-def _at_least(errors: Mapping[str, Tensor], floor: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The larger of two errors, element by element; what is not finite in the first stays so."""
-    return {
-        name: torch.where(error.isfinite(), error.maximum(floor[name].nan_to_num(0.0, 0.0, 0.0)), error)
-        for name, error in errors.items()
-    }
 
 
 def _exact(mechanism: Mechanism, case: Case, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:

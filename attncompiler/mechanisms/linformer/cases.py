@@ -44,10 +44,6 @@ def _make(draw: st.DrawFn, T: int, S: int) -> Case:
     if kinds[0] in LARGE_KINDS and kinds[1] in LARGE_KINDS:
         # the gradient of key_projection multiplies a score's rounding by queries and by keys; the budget allows for one
         kinds[0] = "normal"
-    if kinds[2] == "constant":
-        # equal columns have equal gradients: a whole row of value_projection's would be one number, a sum that cancels,
-        # and its rms one draw of a rounding error, which no bound on an rms can judge
-        kinds[2] = "one_hot"
     shared = draw(st.sampled_from(["none", "heads", "kv"]))
     shape = (H, R, COLUMNS) if shared == "none" else (R, COLUMNS)
     # of variance 1/S, so that projected keys are as large as keys are, and scores no larger than attention's
