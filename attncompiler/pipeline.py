@@ -94,9 +94,9 @@ def build(
     spec = _in_dtype(check(source, overrides=overrides), dtype)
     device = _device(device, target)
     planned = _plan_here(spec, device, target)
-    if planned.unserved() and elsewhere:
+    if planned.unserved(spec) and elsewhere:
         return emit(spec, plan_for(spec, _target(spec.targets[0])), device="meta")
-    return emit(spec, planned.require(), device=device)
+    return emit(spec, planned.require(spec), device=device)
 
 
 def save(model: CompiledModel, path: str | os.PathLike[str], *, force: bool = True) -> Path:
@@ -128,7 +128,7 @@ def load(
     stored = artifact.read(Path(path))
     spec = _in_dtype(stored.spec, dtype or stored.dtype)
     device = _device(device, None)
-    planned = _plan_here(spec, device, None).require()
+    planned = _plan_here(spec, device, None).require(spec)
     if locked and (stored.plan is None or planned.choices() != stored.plan.choices()):
         raise fail(ArtifactError, "E305", f"{path} was planned for other hardware than {planned.target}")
     model = emit(spec, planned, device=device, draw=not stored.has_weights)

@@ -21,6 +21,9 @@ from attncompiler.targets.target import Target
 
 Value = bool | int | float | str | None
 
+NOT_BUILT = "not built in this version of attncompiler"
+"""what is said of names and options that the grammar knows and this version does not have"""
+
 
 class StrictModel(BaseModel):
     """Base of everything a spec may hold: frozen, no unknown keys, no coercion."""
@@ -99,6 +102,16 @@ class Needs:
     packages: Mapping[str, str] = field(default_factory=dict)
     """import name → the command that installs it"""
 
+    def refuse(self, feature: str, value: Value) -> str | None:
+        """What is said of a feature's value that is not offered; None where it is, or where it asks for nothing."""
+        if not value or value == "none":
+            return None
+        if feature not in self.features:
+            return feature if value is True else f"{feature} = {value}"
+        accepts = self.features[feature]
+        limit = accepts.refuses(value) if accepts is not None else None
+        return None if limit is None else f"{feature} = {value} ({limit})"
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
@@ -140,16 +153,9 @@ def refusals(
     if request.dtype is not None and request.dtype not in needs.dtypes:
         found.append(Refusal("option", f"{kernel.name} does not take {request.dtype}"))
     for name, value in request.features.items():
-        if not value or value == "none":
-            continue
-        if name not in needs.features:
-            shown = "" if value is True else f" = {value}"
-            found.append(Refusal("option", f"{kernel.name} does not offer {name}{shown}"))
-            continue
-        accepts = needs.features[name]
-        limit = accepts.refuses(value) if accepts is not None else None
-        if limit is not None:
-            found.append(Refusal("option", f"{kernel.name} does not offer {name} = {value} ({limit})"))
+        refused = needs.refuse(name, value)
+        if refused is not None:
+            found.append(Refusal("option", f"{kernel.name} does not offer {refused}"))
     if environment is not None:
         for package, install in needs.packages.items():
             if package not in environment.packages:
@@ -172,6 +178,11 @@ class Fault:
 
 def no_faults(policy: Any, model: Any) -> tuple[Fault, ...]:
     """For a mechanism whose options always fit together."""
+    return ()
+
+
+def all_built(policy: Any) -> tuple[Fault, ...]:
+    """For a mechanism whose layer builds every option of the grammar."""
     return ()
 
 
@@ -236,10 +247,8 @@ class Mechanism:
     """(device type, requested features) → kernel names, best first"""
     causal: Callable[[Any], bool]
     """policy → whether no token depends on a later one, so that the layer can be run step by step"""
-    features: Callable[[Any], Mapping[str, Value]]
-    """policy → what a layer of that policy asks of every kernel"""
-    unbuilt: Callable[[Any], tuple[str, ...]]
-    """policy → a sentence for each of its options that the layer does not build in this version"""
+    features: Callable[[Any, Any], Mapping[str, Value]]
+    """(policy, the spec's model section) → what a layer of that policy asks of every kernel"""
     cost: str
     """entry of (policy, MixerSize) → Cost, projections included; imports no torch"""
     layer: str
@@ -254,6 +263,10 @@ class Mechanism:
     """entry of the hypothesis strategy and bench shapes"""
     relations: Callable[[Any, Any], Iterable[Fault]] = no_faults
     """(policy, the spec's model section) → what does not fit together, checked before planning"""
+    unbuilt: Callable[[Any], Iterable[Fault]] = all_built
+    """policy → its options that the layer does not build in this version; those that no kernel offers are found"""
+    places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """feature → where the policy asks for it, for features that are not named as a field is"""
 
     def kernel(self, name: str) -> Kernel | None:
         """The kernel of that name, or None when the name is reserved for one that is not built yet."""
@@ -315,6 +328,13 @@ def rope_faults(rope: RopeParameters | None) -> Iterator[Fault]:
         if getattr(rope, option) is not None and option not in taken:
             message = f"{option!r} means nothing to rope_type {rope.rope_type!r}"
             yield Fault(("rope_parameters", option), message, code="E105", remedy="remove it, or change rope_type")
+
+
+def unbuilt_rope(rope: RopeParameters | None) -> Iterator[Fault]:
+    """A rope_type that the layers do not build in this version."""
+    if rope is not None and rope.rope_type != "default":
+        message = f"rope_type {rope.rope_type!r} is {NOT_BUILT}"
+        yield Fault(("rope_parameters", "rope_type"), message, code="E203", remedy="only 'default' is")
 
 
 def rotary_width_faults(rope: RopeParameters | None, head_dim: int) -> Iterator[Fault]:

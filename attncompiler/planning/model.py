@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from attncompiler.errors import ArtifactError, Diagnostic, PlanError, fail
 from attncompiler.mechanisms.base import Cost, Names, Refusal, StrictModel
+from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.target import Target
 
 FORMAT = 1
@@ -98,13 +99,16 @@ class Plan(StrictModel):
         by_name = {choice.policy: choice for choice in self.policies}
         return tuple(PlannedLayer(index, by_name[name]) for index, name in enumerate(self.order))
 
-    def unserved(self) -> tuple[Diagnostic, ...]:
+    def unserved(self, spec: ModelSpec) -> tuple[Diagnostic, ...]:
         """One diagnostic (E201, E202) per policy whose layers no allowed kernel can serve; empty when all run."""
-        return tuple(_unserved(choice, self) for choice in self.policies if not choice.chain)
+        return tuple(_unserved(choice, self, spec) for choice in self.policies if not choice.chain)
 
-    def require(self) -> Plan:
-        """The plan itself, when every layer has a kernel. Raises PlanError (E201, E202) with all that have none."""
-        found = self.unserved()
+    def require(self, spec: ModelSpec) -> Plan:
+        """The plan itself, when every layer has a kernel. Raises PlanError (E201, E202) with all that have none.
+
+        `spec` is what it is a plan of, and says where in its file the policies stand.
+        """
+        found = self.unserved(spec)
         if found:
             raise PlanError(found)
         return self
@@ -141,7 +145,7 @@ class Plan(StrictModel):
         return found
 
 
-def _unserved(choice: PlannedPolicy, plan: Plan) -> Diagnostic:
+def _unserved(choice: PlannedPolicy, plan: Plan, spec: ModelSpec) -> Diagnostic:
     indices = [index for index, name in enumerate(plan.order) if name == choice.policy]
     first = f"layers.{indices[0]}"
     count = first if len(indices) == 1 else f"{len(indices)} layers, the first {first}"
@@ -151,10 +155,12 @@ def _unserved(choice: PlannedPolicy, plan: Plan) -> Diagnostic:
         return Diagnostic(
             "E202",
             f"{where}: the kernel it demands refuses: {reasons}",
+            spec.place("policies", choice.policy, "kernel"),
             remedy=f"give a list of kernels to allow others, or `kernel: auto`, in policies.{choice.policy}",
         )
     return Diagnostic(
         "E201",
         f"{where}: every kernel allowed refuses: {reasons}",
+        spec.place("policies", choice.policy, "kernel"),
         remedy=f"allow more kernels in policies.{choice.policy}.kernel or in fallback.order.{choice.mechanism}",
     )

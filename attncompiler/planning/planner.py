@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from attncompiler import targets
 from attncompiler.errors import Diagnostic, PlanError
 from attncompiler.mechanisms.base import (
+    NOT_BUILT,
     Cost,
+    Fault,
+    Kernel,
     Mechanism,
     MixerSize,
+    OneOf,
     Policy,
     Refusal,
     Request,
+    Value,
     discover,
     load_entry,
     refusals,
 )
 from attncompiler.planning.model import FORMAT, Plan, PlannedPolicy, RefusedKernel
+from attncompiler.spec.diagnose import dotted
 from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.detect import Environment
 from attncompiler.targets.target import Target
@@ -39,9 +45,7 @@ def plan(spec: ModelSpec, target: Target | str, environment: Environment | None 
     """
     if isinstance(target, str):
         target = targets.get(target)
-    unbuilt = tuple(_unbuilt(spec))
-    if unbuilt:
-        raise PlanError(unbuilt)
+    unbuilt = {name: _unbuilt(spec, name, policy) for name, policy in _used(spec).items()}
     seq_len = min(PLANNED_LENGTH, spec.model.max_position_embeddings)
     made = Plan(
         format=FORMAT,
@@ -56,7 +60,12 @@ def plan(spec: ModelSpec, target: Target | str, environment: Environment | None 
         ),
         order=tuple(layer.policy_name for layer in spec.resolved_layers),
     )
-    return made if environment is not None else made.require()
+    faults = [fault for found in unbuilt.values() for fault in found]
+    if faults:
+        # what is not built has its refusals too; said twice they would be taken for two faults
+        served = made.model_copy(update={"policies": tuple(c for c in made.policies if not unbuilt[c.policy])})
+        raise PlanError([*faults, *served.unserved(spec)])
+    return made if environment is not None else made.require(spec)
 
 
 def mixer_size(spec: ModelSpec, *, batch: int, seq_len: int, kernel: str = "") -> MixerSize:
@@ -82,14 +91,31 @@ def _used(spec: ModelSpec) -> Mapping[str, Policy]:
     return {layer.policy_name: layer.policy for layer in spec.resolved_layers}
 
 
-def _unbuilt(spec: ModelSpec) -> Sequence[Diagnostic]:
-    found = []
-    for name, policy in _used(spec).items():
-        sentences = [*discover()[policy.kind].unbuilt(policy)]
-        if policy.routes:
-            sentences.append("routes are not built in this version of attncompiler")
-        found += [Diagnostic("E203", f"policy {name!r}: {sentence}") for sentence in sentences]
-    return found
+def _unbuilt(spec: ModelSpec, name: str, policy: Policy) -> tuple[Diagnostic, ...]:
+    """The policy's options that its layer does not build, or that no kernel of its mechanism offers (E203)."""
+    mechanism = discover()[policy.kind]
+    found = [*mechanism.unbuilt(policy)]
+    if policy.routes:
+        found.append(Fault(("routes",), f"routes are {NOT_BUILT}", "E203"))
+    for feature, value in mechanism.features(policy, spec.model).items():
+        if all(kernel.needs.refuse(feature, value) for kernel in mechanism.kernels):
+            path = mechanism.places.get(feature, (feature,))
+            shown = f" {value!r}" if isinstance(value, str) else ""
+            offered = sorted({str(each) for kernel in mechanism.kernels for each in _values(kernel, feature)})
+            remedy = f"built are {', '.join(offered)}" if offered else None
+            found.append(Fault(path, f"{dotted(path)}{shown} is {NOT_BUILT}", "E203", remedy))
+    return tuple(
+        Diagnostic(
+            fault.code, f"policy {name!r}: {fault.message}", spec.place("policies", name, *fault.path), fault.remedy
+        )
+        for fault in found
+    )
+
+
+def _values(kernel: Kernel, feature: str) -> Iterable[Value]:
+    """The values of a feature that a kernel lists."""
+    accepts = kernel.needs.features.get(feature)
+    return accepts.values if isinstance(accepts, OneOf) else ()
 
 
 def _choose(
@@ -97,7 +123,7 @@ def _choose(
 ) -> PlannedPolicy:
     """The chain of a policy's layers, and who was refused."""
     mechanism = discover()[policy.kind]
-    features = {**mechanism.features(policy), "deterministic": spec.deterministic}
+    features = {**mechanism.features(policy, spec.model), "deterministic": spec.deterministic}
     request = Request(mechanism.name, features, spec.model.dtype)
     chain, refused = [], []
     for candidate in candidates(spec, policy, mechanism, request, target):
@@ -134,5 +160,5 @@ def kernel_refusals(
     """Why the kernel of that name cannot serve; one that is only reserved says that it is not built."""
     kernel = mechanism.kernel(name)
     if kernel is None:
-        return (Refusal("option", f"{name} is not built in this version of attncompiler"),)
+        return (Refusal("option", f"{name} is {NOT_BUILT}"),)
     return refusals(kernel, request, target, environment)

@@ -7,9 +7,11 @@ from functools import cached_property, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, PrivateAttr, Tag
 
+from attncompiler.errors import Location
 from attncompiler.mechanisms.base import Names, Policy, StrictModel, discover
+from attncompiler.spec.nodes import Node, locate
 from attncompiler.targets.target import Target
 
 if TYPE_CHECKING:
@@ -164,6 +166,18 @@ class Fallback(SpecModel):
     on_failure: Literal["next", "raise"] = "next"
 
 
+class Origin:
+    """The document that a spec was read from, or none. It is no part of what the spec says: any two are equal."""
+
+    def __init__(self, root: Node | None = None):
+        self.root = root
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class ModelSpec(SpecModel):
     """A spec: validated, frozen, and independent of any hardware."""
 
@@ -176,6 +190,17 @@ class ModelSpec(SpecModel):
     layers: tuple[AnyLayer, ...] = Field(description="from first to last")
     targets: tuple[str | Target, ...] = Field(default=("cpu",), description="built-in names, or facts; all are planned")
     fallback: Fallback = Fallback()
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    def came_from(self, root: Node) -> ModelSpec:
+        """The spec itself, which from now on knows where in the document its parts stand."""
+        self._origin = Origin(root)
+        return self
+
+    def place(self, *path: str | int) -> Location | None:
+        """Where a part stands in the file that the spec was read from; None for a spec that was made in Python."""
+        root = self._origin.root
+        return None if root is None else locate(root, path)
 
     @cached_property
     def resolved_layers(self) -> tuple[ResolvedLayer, ...]:

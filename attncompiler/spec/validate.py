@@ -22,7 +22,7 @@ def validate(root: Node, earlier: Iterable[Diagnostic] = ()) -> ModelSpec:
         raise SpecError([*diagnostics, Diagnostic("E003", "the document is not a mapping", root.location)])
     spec, found = None, []
     try:
-        spec = ModelSpec.model_validate(data)
+        spec = ModelSpec.model_validate(data).came_from(root)
         parts = whole(spec)
     except ValidationError as error:
         found = faults(error, ModelSpec)

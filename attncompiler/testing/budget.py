@@ -6,8 +6,7 @@ gradients times max(1, input scale), a tensor is within the budget when
 
     max|err| ≤ 3·max|low err| + 16·eps·s   and   rms(err) ≤ 2·rms(low err) + 4·eps·s
 
-where `err` and `low err` are the distances to the reference run in fp64 on the same rounded inputs. For a kernel in
-fp64 that truth is rounded as much as the kernel: its own `low err` is added once to either bound.
+where `err` and `low err` are the distances to the reference run in fp64 on the same rounded inputs.
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ class Oracle:
     eps: float
     scale: float
     """s"""
-    truth_low_errors: int = 0
-    """how many low errors the truth itself may be off: 1 where it is of the kernel's own dtype"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +60,7 @@ def oracle(exact: Results, low_error: Results, inputs: Results, dtype: torch.dty
     """The oracle of a call of `dtype` with these exact results, low errors and inputs.
 
     The input scale is the largest magnitude in a floating input: by so much can one product amplify a rounding error.
-    Raises ValueError when an exact result is NaN: such a call
-    cannot judge anything.
+    Raises ValueError when an exact result is NaN: such a call cannot judge anything.
     """
     for name, tensor in exact.items():
         if tensor.isnan().any():
@@ -72,7 +68,7 @@ def oracle(exact: Results, low_error: Results, inputs: Results, dtype: torch.dty
     largest = max((rms(tensor) for tensor in exact.values()), default=0.0)
     input_scale = max((_largest(t.abs()) for t in inputs.values() if t.is_floating_point()), default=0.0)
     scale = largest * max(1.0, input_scale)
-    return Oracle(exact, low_error, torch.finfo(dtype).eps, scale, int(dtype == torch.float64))
+    return Oracle(exact, low_error, torch.finfo(dtype).eps, scale)
 
 
 def judge(got: Results, oracle: Oracle) -> tuple[Verdict, ...]:
@@ -95,9 +91,9 @@ def _judge(name: str, got: Tensor, oracle: Oracle) -> Verdict:
     return Verdict(
         name,
         max_error=_largest(error),
-        max_budget=(3 + oracle.truth_low_errors) * _largest(allowed) + 16 * floor,
+        max_budget=3 * _largest(allowed) + 16 * floor,
         rms_error=rms(error) if error.isfinite().all() else math.inf,
-        rms_budget=(2 + oracle.truth_low_errors) * rms(allowed) + 4 * floor,
+        rms_budget=2 * rms(allowed) + 4 * floor,
     )
 
 

@@ -13,15 +13,14 @@ from attncompiler.errors import KernelError
 from attncompiler.mechanisms.base import Kernel, Mechanism, load_entry
 from attncompiler.mechanisms.case import Case, Cases
 from attncompiler.runtime.implementation import Implementation
-from attncompiler.testing.budget import judge
 from attncompiler.testing.conformance import (
+    Trial,
     conforms,
     cotangents,
     evaluate,
     kernel_call,
     prepared,
     refusals_of,
-    truth,
 )
 from attncompiler.testing.poison import poisoned
 
@@ -103,19 +102,21 @@ def test_a_backward_serves_what_any_kernel_ran_forward(
 
     def check(case: Case) -> None:
         case = prepared(case, torch.float32, device)
-        grads = cotangents(case)
-        expected = None
+        trial = Trial(mechanism, case, torch.float32)
         for forward in other_kernels:
             if refusals_of(kernel, case) or refusals_of(forward, case):
                 continue
             served.append(case)
-            with torch.no_grad(), poisoned():
-                outputs = _implementation(forward).forward(case.tensors, case.options)
-                found = _implementation(kernel).backward(
-                    {name: grad.to(device) for name, grad in grads.items()}, case.tensors, outputs, case.options
-                )
-            expected = expected or truth(mechanism, case, torch.float32, grads)
-            verdicts = judge(outputs | {f"grad {name}": grad for name, grad in found.items()}, expected)
+
+            def mixed(grads: dict[str, Tensor], forward: Kernel = forward) -> dict[str, Tensor]:
+                with torch.no_grad(), poisoned():
+                    outputs = _implementation(forward).forward(case.tensors, case.options)
+                    found = _implementation(kernel).backward(
+                        {name: grad.to(device) for name, grad in grads.items()}, case.tensors, outputs, case.options
+                    )
+                return outputs | {f"grad {name}": grad for name, grad in found.items()}
+
+            verdicts = trial.verdicts(mixed)
             assert all(verdict.ok for verdict in verdicts), "\n".join([forward.name, *map(str, verdicts)])
 
     for_cases(check, st.one_of(cases.draw(), cases.extras()))

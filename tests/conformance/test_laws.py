@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from hypothesis import strategies as st
 from attncompiler.mechanisms.base import Kernel, Mechanism
 from attncompiler.mechanisms.case import Case, Cases
 from attncompiler.testing import laws
-from attncompiler.testing.budget import Verdict, judge
+from attncompiler.testing.budget import Verdict
 from attncompiler.testing.conformance import (
+    Trial,
     cotangents,
     evaluate,
     kernel_call,
     prepared,
     refusals_of,
-    truth,
     whole,
 )
 
@@ -49,10 +50,9 @@ class Law:
         case = self.prepare(statement[0]) if statement else None
         if case is None:
             return
-        grads = cotangents(case)
-        expected = truth(self.mechanism, case, self.dtype, grads)
+        trial = Trial(self.mechanism, case, self.dtype)
         for program in statement[1]:
-            check_verdicts(judge(evaluate(self.call, case, grads, program), expected))
+            check_verdicts(trial.verdicts(partial(evaluate, self.call, case, program=program)))
 
     def conclude(self) -> None:
         if not self.served:
@@ -169,8 +169,8 @@ def test_cotangents_of_some_outputs_alone(law: Law, cases: Cases, hold: Callable
     def check(case: Case) -> None:
         if (case := law.prepare(case)) is None:
             return
-        for name, grad in cotangents(case).items():
-            expected = truth(law.mechanism, case, law.dtype, {name: grad})
-            check_verdicts(judge(evaluate(law.call, case, {name: grad}), expected))
+        for name in cotangents(case):
+            trial = Trial(law.mechanism, case, law.dtype, only=[name])
+            check_verdicts(trial.verdicts(partial(evaluate, law.call, case)))
 
     hold(check, st.one_of(cases.draw(), cases.extras()), share=0.5)

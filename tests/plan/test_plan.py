@@ -107,14 +107,56 @@ def test_a_single_name_is_a_demand() -> None:
     )
 
 
-def test_an_option_that_no_kernel_offers_lists_every_refusal() -> None:
-    strided = ATTENTION.format(", pattern: {kind: strided, stride: 4, window: 4}")
+UNBUILT = [
+    ("pattern: {kind: strided, stride: 4, window: 4}", "pattern.kind 'strided'", "pattern", "kind"),
+    ("attn_logit_softcapping: 50.0", "attn_logit_softcapping", "attn_logit_softcapping"),
+    ("sinks: true", "sinks", "sinks"),
+    ("alibi: true", "alibi", "alibi"),
+    ("attention_dropout: 0.1", "attention_dropout", "attention_dropout"),
+    ("rope_parameters: {rope_type: linear, factor: 2.0}", "rope_type 'linear'", "rope_parameters", "rope_type"),
+]
+
+
+@pytest.mark.parametrize(("option", "said", "path"), [(o, said, path) for o, said, *path in UNBUILT])
+def test_an_option_that_no_kernel_offers_is_said_to_be_unbuilt_where_it_stands(
+    option: str, said: str, path: list[str]
+) -> None:
+    spec = small(ATTENTION.format(f", {option}"))
     with pytest.raises(PlanError) as error:
-        plan(small(strided), "cpu")
-    assert codes(error) == ["E201"]
-    message = str(error.value)
-    for name in ("sdpa", "chunkwise", "eager"):
-        assert f"{name} does not offer pattern = strided (only causal, full, sliding_window)" in message
+        plan(spec, "cpu")
+    [fault] = error.value.diagnostics
+    assert fault.code == "E203"
+    assert fault.message == f"policy 'p0': {said} is not built in this version of attncompiler"
+    assert fault.location is not None
+    assert fault.location == spec.place("policies", "p0", *path) != spec.place("policies", "p0")
+
+
+def test_an_unbuilt_pattern_names_those_that_are_built() -> None:
+    with pytest.raises(PlanError, match="E203.*; built are causal, full, sliding_window$"):
+        plan(small(ATTENTION.format(", pattern: {kind: strided, stride: 4, window: 4}")), "cpu")
+
+
+def test_a_refused_policy_is_placed_at_its_kernel_or_at_itself() -> None:
+    for kernel, code in ((", kernel: sdpa", "E202"), (", kernel: [sdpa]", "E201")):
+        spec = small(ATTENTION.format(kernel))
+        with pytest.raises(PlanError) as error:
+            plan(spec, "h200")
+        assert codes(error) == [code]
+        assert error.value.diagnostics[0].location == spec.place("policies", "p0", "kernel")
+    ordered = small(CAUSAL, fallback="{order: {attention: [sdpa]}}")
+    with pytest.raises(PlanError) as error:
+        plan(ordered, "h200")
+    assert error.value.diagnostics[0].location == ordered.place("policies", "p0", "kernel")
+
+
+def test_a_spec_is_equal_to_one_from_elsewhere_and_one_made_in_python_has_no_places() -> None:
+    spec = small(ATTENTION.format(", sinks: true"))
+    bare = ModelSpec.model_validate(spec.model_dump())
+    assert bare == spec
+    assert bare.place("policies", "p0") is None
+    with pytest.raises(PlanError) as error:
+        plan(bare, "cpu")
+    assert error.value.diagnostics[0].location is None
 
 
 def test_all_faults_of_all_policies_at_once() -> None:
@@ -126,9 +168,9 @@ def test_all_faults_of_all_policies_at_once() -> None:
     )
     with pytest.raises(PlanError) as error:
         plan(spec, "cpu")
-    assert codes(error) == ["E202", "E201"]
+    assert codes(error) == ["E203", "E202"]
     assert "policy 'p0' (attention, 3 layers, the first layers.0)" in str(error.value)
-    assert "policy 'p2' (attention, layers.4)" in str(error.value)
+    assert "policy 'p2': pattern.kind 'chunked'" in str(error.value)
 
 
 def test_what_the_layer_does_not_build_is_said_before_kernels_are_asked() -> None:
@@ -139,7 +181,9 @@ def test_what_the_layer_does_not_build_is_said_before_kernels_are_asked() -> Non
     with pytest.raises(PlanError) as error:
         plan(spec, "cpu")
     assert codes(error) == ["E203", "E203"]
-    assert "policy 'p0': rope_type 'yarn' is not built yet" in str(error.value)
+    assert "policy 'p0': rope_type 'yarn' is not built in this version of attncompiler; only 'default' is" in str(
+        error.value
+    )
     assert "policy 'p1': routes are not built in this version of attncompiler" in str(error.value)
 
 
@@ -160,10 +204,17 @@ def test_here_a_layer_without_a_kernel_is_recorded_and_required_later() -> None:
     assert made.here
     assert made.layers[0].chain == ()
     with pytest.raises(PlanError) as error:
-        made.require()
+        made.require(spec)
     assert codes(error) == ["E202"]
     served = plan(small(CAUSAL), detect_target("cpu"), detect_environment())
-    assert served.require() is served
+    assert served.require(spec) is served
+
+
+def test_a_value_width_that_is_the_head_width_asks_for_nothing() -> None:
+    """Whether it is written out or follows from hidden_size makes no difference."""
+    for widths in ("v_head_dim: 8", "head_dim: 8, v_head_dim: 8", "head_dim: 8"):
+        assert plan(small(ATTENTION.format(f", {widths}")), "cpu").layers[0].chain[0] == "sdpa", widths
+    assert plan(small(ATTENTION.format(", v_head_dim: 4")), "cpu").layers[0].chain[0] == "chunkwise"
 
 
 def test_what_is_not_installed_counts_only_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from attncompiler.mechanisms.base import (
     Value,
     rope_faults,
     rotary_width_faults,
+    unbuilt_rope,
 )
 
 
@@ -55,24 +56,30 @@ class AttentionPolicy(Policy):
         return self.v_head_dim or self.key_width(hidden_size)
 
 
-def features(policy: AttentionPolicy) -> Mapping[str, Value]:
+def features(policy: AttentionPolicy, model: Any) -> Mapping[str, Value]:
     """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
+    value_width = policy.value_width(model.hidden_size)
     return {
         "pattern": policy.pattern.kind,
         "softcap": policy.attn_logit_softcapping,
         "alibi": policy.alibi,
         "sinks": policy.sinks,
         "dropout": policy.attention_dropout,
-        "value_width": policy.v_head_dim if policy.v_head_dim != policy.head_dim else None,
+        "value_width": value_width if value_width != policy.key_width(model.hidden_size) else None,
     }
 
 
-def unbuilt(policy: AttentionPolicy) -> tuple[str, ...]:
-    """Options of the grammar that the layer does not build in this version, each a sentence."""
-    rope = policy.rope_parameters
-    if rope is not None and rope.rope_type != "default":
-        return (f"rope_type {rope.rope_type!r} is not built yet; only 'default' is",)
-    return ()
+def unbuilt(policy: AttentionPolicy) -> Iterator[Fault]:
+    """Options of the grammar that the layer does not build in this version."""
+    yield from unbuilt_rope(policy.rope_parameters)
+
+
+PLACES = {
+    "pattern": ("pattern", "kind"),
+    "softcap": ("attn_logit_softcapping",),
+    "dropout": ("attention_dropout",),
+    "value_width": ("v_head_dim",),
+}
 
 
 def relations(policy: AttentionPolicy, model: Any) -> Iterator[Fault]:
@@ -141,7 +148,6 @@ MECHANISM = Mechanism(
     order=order,
     causal=lambda policy: policy.pattern.causal,
     features=features,
-    unbuilt=unbuilt,
     cost="attncompiler.mechanisms.attention.cost:cost",
     layer="attncompiler.mechanisms.attention.layer:Attention",
     operator="attncompiler.mechanisms.attention.op:OPERATOR",
@@ -149,4 +155,6 @@ MECHANISM = Mechanism(
     reference="attncompiler.mechanisms.attention.reference:attention",
     cases="attncompiler.mechanisms.attention.cases:CASES",
     relations=relations,
+    unbuilt=unbuilt,
+    places=PLACES,
 )

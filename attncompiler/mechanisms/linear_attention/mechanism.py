@@ -19,6 +19,7 @@ from attncompiler.mechanisms.base import (
     Value,
     rope_faults,
     rotary_width_faults,
+    unbuilt_rope,
 )
 
 FeatureMap = Literal["elu", "favor", "relu", "identity"]
@@ -52,7 +53,7 @@ class LinearAttentionPolicy(Policy):
         return self.v_head_dim or self.key_width(hidden_size)
 
 
-def features(policy: LinearAttentionPolicy) -> Mapping[str, Value]:
+def features(policy: LinearAttentionPolicy, model: Any) -> Mapping[str, Value]:
     """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
     return {
         "feature_map": policy.feature_map,
@@ -62,17 +63,9 @@ def features(policy: LinearAttentionPolicy) -> Mapping[str, Value]:
     }
 
 
-def unbuilt(policy: LinearAttentionPolicy) -> tuple[str, ...]:
-    """Options of the grammar that the layer does not build in this version, each a sentence."""
-    found = []
-    if policy.feature_map == "favor":
-        found.append("feature_map 'favor' is not built yet; 'elu', 'relu' and 'identity' are")
-    if policy.decay != "none":
-        found.append(f"decay {policy.decay!r} is not built yet; only 'none' is")
-    rope = policy.rope_parameters
-    if rope is not None and rope.rope_type != "default":
-        found.append(f"rope_type {rope.rope_type!r} is not built yet; only 'default' is")
-    return tuple(found)
+def unbuilt(policy: LinearAttentionPolicy) -> Iterator[Fault]:
+    """Options of the grammar that the layer does not build in this version."""
+    yield from unbuilt_rope(policy.rope_parameters)
 
 
 def relations(policy: LinearAttentionPolicy, model: Any) -> Iterator[Fault]:
@@ -138,7 +131,6 @@ MECHANISM = Mechanism(
     order=order,
     causal=lambda policy: policy.causal,
     features=features,
-    unbuilt=unbuilt,
     cost="attncompiler.mechanisms.linear_attention.cost:cost",
     layer="attncompiler.mechanisms.linear_attention.layer:LinearAttention",
     operator="attncompiler.mechanisms.linear_attention.op:OPERATOR",
@@ -146,4 +138,5 @@ MECHANISM = Mechanism(
     reference="attncompiler.mechanisms.linear_attention.reference:linear_attention",
     cases="attncompiler.mechanisms.linear_attention.cases:CASES",
     relations=relations,
+    unbuilt=unbuilt,
 )

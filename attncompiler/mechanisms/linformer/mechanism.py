@@ -31,14 +31,9 @@ class LinformerPolicy(Policy):
         return (self.num_attention_heads, *shape) if self.share == "none" else shape
 
 
-def features(policy: LinformerPolicy) -> Mapping[str, Value]:
+def features(policy: LinformerPolicy, model: Any) -> Mapping[str, Value]:
     """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
     return {}
-
-
-def unbuilt(policy: LinformerPolicy) -> tuple[str, ...]:
-    """Options of the grammar that the layer does not build in this version: none."""
-    return ()
 
 
 def relations(policy: LinformerPolicy, model: Any) -> Iterator[Fault]:
@@ -90,7 +85,6 @@ MECHANISM = Mechanism(
     order=order,
     causal=lambda policy: False,
     features=features,
-    unbuilt=unbuilt,
     cost="attncompiler.mechanisms.linformer.cost:cost",
     layer="attncompiler.mechanisms.linformer.layer:Linformer",
     operator="attncompiler.mechanisms.linformer.op:OPERATOR",

@@ -44,14 +44,9 @@ class MambaPolicy(Policy):
         return math.ceil(hidden_size / 16) if self.time_step_rank == "auto" else self.time_step_rank
 
 
-def features(policy: MambaPolicy) -> Mapping[str, Value]:
+def features(policy: MambaPolicy, model: Any) -> Mapping[str, Value]:
     """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
     return {"gate": True}
-
-
-def unbuilt(policy: MambaPolicy) -> tuple[str, ...]:
-    """Options of the grammar that the layer does not build in this version: none."""
-    return ()
 
 
 def relations(policy: MambaPolicy, model: Any) -> Iterator[Fault]:
@@ -102,7 +97,6 @@ MECHANISM = Mechanism(
     order=order,
     causal=lambda policy: True,
     features=features,
-    unbuilt=unbuilt,
     cost="attncompiler.mechanisms.mamba.cost:cost",
     layer="attncompiler.mechanisms.mamba.layer:MambaMixer",
     operator="attncompiler.mechanisms.mamba.op:OPERATOR",

@@ -56,18 +56,13 @@ class Mamba2Policy(Policy):
         return self.time_step_limit or (0.0, math.inf)
 
 
-def features(policy: Mamba2Policy) -> Mapping[str, Value]:
+def features(policy: Mamba2Policy, model: Any) -> Mapping[str, Value]:
     """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
     return {
         "gate": not policy.rms_norm,
         "groups": policy.n_groups if policy.n_groups > 1 else None,
         "dt_limit": policy.limits != (0.0, math.inf),
     }
-
-
-def unbuilt(policy: Mamba2Policy) -> tuple[str, ...]:
-    """Options of the grammar that the layer does not build in this version: none."""
-    return ()
 
 
 def relations(policy: Mamba2Policy, model: Any) -> Iterator[Fault]:
@@ -138,7 +133,6 @@ MECHANISM = Mechanism(
     order=order,
     causal=lambda policy: True,
     features=features,
-    unbuilt=unbuilt,
     cost="attncompiler.mechanisms.mamba2.cost:cost",
     layer="attncompiler.mechanisms.mamba2.layer:Mamba2Mixer",
     operator="attncompiler.mechanisms.mamba2.op:OPERATOR",
