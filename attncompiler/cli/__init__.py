@@ -5,20 +5,39 @@ What a verb needs beside the terminal is imported when it runs, so that `--help`
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from attncompiler import __version__
 from attncompiler.cli import build, check, explain, info, listing, schema
 from attncompiler.cli.failures import Verb
 
 app = typer.Typer(
     name="attncompiler",
-    help="Sequence models from a YAML file, each layer on the fastest kernel that computes exactly its function.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"attncompiler {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """Sequence models from a YAML file, each layer on the fastest kernel that computes exactly its function."""
+
+
 app.command("build", cls=Verb)(build.build)
 app.command("check", cls=Verb)(check.check)
 app.command("explain", cls=Verb)(explain.explain)

@@ -68,6 +68,10 @@ def test_help_is_there(arguments: tuple[str, ...]) -> None:
     assert "Usage:" in run(*arguments).output
 
 
+def test_the_version_is_that_of_the_package() -> None:
+    assert good("--version") == f"attncompiler {attncompiler.__version__}\n"
+
+
 # --- build ----------------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from attncompiler.mechanisms.base import Kernel, Mechanism, discover, load_entry
 from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
 from attncompiler.testing.budget import Oracle, Verdict, judge
 from attncompiler.testing.conformance import (
+    Trial,
     conforms,
     cotangents,
     evaluate,
@@ -187,6 +188,37 @@ def test_a_planted_fault_of_attention_is_over(
     case = prepared(Case(load_entry(ATTENTION.operator), tensors, options, causal=True), dtype)
     assert not over(conforms(ATTENTION, reference_call(ATTENTION), case, dtype))
     assert over(conforms(ATTENTION, fault, case, dtype))
+
+
+# --- many sets of cotangents --------------------------------------------------------------------------------------
+
+
+def spoiled(case: Case, name: str, error: float, often: bool) -> Callable[[Any], dict[str, Tensor]]:
+    """The reference's results, with one tensor off by `error` under the first cotangents, or under any."""
+    first = cotangents(case)
+
+    def results(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = evaluate(reference_call(ATTENTION), case, grads)
+        again = all(torch.equal(grads[each], first[each]) for each in first)
+        return found | {name: found[name] + error} if often or again else found
+
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_gradient_over_the_budget_by_luck_is_not_and_one_always_over_is(dtype: torch.dtype) -> None:
+    """A gradient alone is measured again: an output is what it is, whatever the cotangents."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: values("normal", (1, 20, 2, 16), generator) for name in "qkv"}
+    case = prepared(Case(load_entry(ATTENTION.operator), tensors, AttentionOptions(), causal=True), dtype)
+    trial = Trial(ATTENTION, case, dtype)
+    sound = {verdict.name: verdict for verdict in trial.verdicts(spoiled(case, "out", 0.0, often=False))}
+    for name in ("grad q", "out"):
+        lucky = 1.2 * sound[name].rms_budget
+        assert over(trial.verdicts(spoiled(case, name, lucky, often=True))) == {name}
+        assert over(trial.verdicts(spoiled(case, name, lucky, often=False))) == ({name} if name == "out" else set())
+        # sixteen sets dilute an rms by four, and a largest error by nothing
+        assert over(trial.verdicts(spoiled(case, name, 5 * lucky, often=False))) == {name}
 
 
 # --- uninitialised memory -----------------------------------------------------------------------------------------

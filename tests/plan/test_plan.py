@@ -132,7 +132,7 @@ def test_an_option_that_no_kernel_offers_is_said_to_be_unbuilt_where_it_stands(
 
 
 def test_an_unbuilt_pattern_names_those_that_are_built() -> None:
-    with pytest.raises(PlanError, match="E203.*; built are causal, full, sliding_window$"):
+    with pytest.raises(PlanError, match=r"E203.*; built are causal, full, sliding_window$"):
         plan(small(ATTENTION.format(", pattern: {kind: strided, stride: 4, window: 4}")), "cpu")
 
 
