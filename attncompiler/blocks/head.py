@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attncompiler.blocks.autocast import autocast, no_autocast
 from attncompiler.errors import InputError, fail
 
 
@@ -96,8 +97,7 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    [hidden] = autocast(hidden)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, softcap, chunk)
     return loss
 
@@ -107,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None, chunk: int
     ) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device.type):
             return _forward(ctx, hidden, weight, bias, labels, softcap, chunk)
 
     @staticmethod

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attncompiler.blocks.autocast import no_autocast
 from attncompiler.errors import InputError, KernelError, fail
 from attncompiler.mechanisms.base import Kernel, Mechanism, Request, discover, load_entry, refusals
 from attncompiler.runtime import registry
@@ -88,7 +89,7 @@ def _attempt(
     """The kernel's results, or None when it has no such direction or failed and the chain may go on."""
     cause: str | None = None
     try:
-        with torch.autocast(device, enabled=False):  # the door has cast; a kernel's fp32 accumulators stay fp32
+        with no_autocast(device):  # the door has cast; a kernel's fp32 accumulators stay fp32
             results = call(load_entry(kernel.entry))
     except InputError:
         raise  # the caller's fault, which no other kernel mends

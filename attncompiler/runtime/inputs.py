@@ -90,18 +90,6 @@ def boolean_mask(attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask != 0
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device; fp64, and what is no float, stays."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )
-
-
 def kernel_names(mechanism: str, kernel: str | Sequence[str]) -> tuple[str, ...]:
     """The only kernels allowed; () for "auto". Raises InputError (E403) on a name the mechanism does not know."""
     if kernel == "auto":

@@ -35,7 +35,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     mechanisms = [mechanism for mechanism in discover().values() if _offers(metafunc, mechanism)]
     if "kernel" in wanted:
         names = [name for name in ("mechanism", "kernel", "dtype", "widest") if name in wanted]
-        metafunc.parametrize(names, [_row(entry, names) for entry in _kernels(mechanisms, wanted)])
+        device = metafunc.config.getoption("--device") if "device" in wanted else "cpu"
+        metafunc.parametrize(names, [_row(entry, names) for entry in _kernels(mechanisms, wanted, device)])
     elif "mechanism" in wanted:
         metafunc.parametrize("mechanism", [pytest.param(mechanism, id=mechanism.name) for mechanism in mechanisms])
 
@@ -49,9 +50,11 @@ def _offers(metafunc: pytest.Metafunc, mechanism: Mechanism) -> bool:
     return all(fnmatch.filter(names, pattern) for pattern in marker.args)
 
 
-def _kernels(mechanisms: list[Mechanism], wanted: set[str]) -> Iterator[dict[str, Any]]:
+def _kernels(mechanisms: list[Mechanism], wanted: set[str], device: str) -> Iterator[dict[str, Any]]:
     for mechanism in mechanisms:
         for kernel in mechanism.kernels:
+            if device.partition(":")[0] not in kernel.needs.device_types:
+                continue
             offered = [name for name in DTYPES if name in kernel.needs.dtypes]
             dtypes = {"widest": [offered[0], "float32"], "dtype": offered}
             column = next((column for column in dtypes if column in wanted), None)

@@ -214,7 +214,8 @@ def mixer(**options: Any) -> Mamba2Mixer:
     ],
 )
 def test_the_layer_is_hfs_mixer(options: dict[str, Any]) -> None:
-    transformers = pytest.importorskip("transformers")
+    # before 5.24 HF's norm ran over all groups at once, unlike mamba-ssm's
+    transformers = pytest.importorskip("transformers", minversion="5.24" if "n_groups" in options else None)
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as HFMixer
 
     ours = mixer(**options)

@@ -78,6 +78,10 @@ def test_a_model_on_meta_runs_without_storage() -> None:
     out = built(torch.zeros(2, 9, dtype=torch.int64, device="meta"))
     assert out.shape == (2, 9, 64)
     assert out.device.type == "meta"
+    tokens = torch.zeros(2, 9, dtype=torch.int64, device="meta")
+    loss = built.loss(tokens, tokens)
+    loss.backward()
+    assert (loss.shape, loss.device.type) == ((), "meta")
 
 
 def test_weights_without_room_are_a_coded_error() -> None:

@@ -9,13 +9,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from attncompiler.blocks.autocast import autocast
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.attention.cost import operator_flops
 from attncompiler.mechanisms.attention.pattern import Causal, Pattern
 from attncompiler.mechanisms.base import Value
 from attncompiler.runtime.implementation import Tensors
 from attncompiler.runtime.inputs import (
-    autocast,
     boolean_mask,
     check_device,
     check_dtypes,

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from attncompiler.blocks.autocast import autocast
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import Value
 from attncompiler.mechanisms.linear_attention.cost import operator_flops
 from attncompiler.mechanisms.linear_attention.mechanism import FeatureMap
 from attncompiler.runtime.implementation import Tensors
 from attncompiler.runtime.inputs import (
-    autocast,
     boolean_mask,
     check_device,
     check_dtypes,

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from attncompiler.blocks.autocast import autocast
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import Value
 from attncompiler.mechanisms.linformer.cost import operator_flops
 from attncompiler.runtime.implementation import Tensors
 from attncompiler.runtime.inputs import (
-    autocast,
     boolean_mask,
     check_device,
     check_dtypes,

@@ -9,12 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from attncompiler.blocks.autocast import autocast
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import Value
 from attncompiler.mechanisms.mamba2.cost import operator_flops
 from attncompiler.runtime.implementation import Tensors
 from attncompiler.runtime.inputs import (
-    autocast,
     boolean_mask,
     check_device,
     check_dtypes,
