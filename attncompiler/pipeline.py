@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from attncompiler import spec as specs
 from attncompiler import targets
-from attncompiler.errors import ArtifactError, UsageError, fail
+from attncompiler.errors import ArtifactError, Diagnostic, PlanError, UsageError, fail
 from attncompiler.planning import Plan
 from attncompiler.planning import plan as plan_for
 from attncompiler.spec.model import ModelSpec
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str] | ModelSpec
 
 
-def read(source: Source, overrides: Sequence[str] = ()) -> ModelSpec:
+def read(source: Source, overrides: Sequence[str] | None = None) -> ModelSpec:
     """A validated spec from a path or a spec; `overrides` are "a.b=c" texts. Raises SpecError with every fault."""
     if not isinstance(source, ModelSpec):
-        return specs.read(Path(source), overrides=overrides)
+        return specs.read(Path(source), overrides=overrides or ())
     return specs.parse(specs.dump(source), overrides=overrides) if overrides else source
 
 
-def check(source: Source, *, overrides: Sequence[str] = ()) -> ModelSpec:
+def check(source: Source, *, overrides: Sequence[str] | None = None) -> ModelSpec:
     """The spec, valid in itself and served on every target it lists. Imports no torch, writes nothing.
 
     Raises SpecError for faults of the file and PlanError where a listed target cannot serve a layer.
@@ -50,26 +50,31 @@ def check(source: Source, *, overrides: Sequence[str] = ()) -> ModelSpec:
 def plan(source: Source, target: str | Target | None = None) -> dict[str, Plan]:
     """A Plan per listed target (or for `target` alone), by name. Does not depend on the machine it is made on.
 
-    Raises PlanError (E201 to E203) naming every layer that cannot be served, and why.
+    Raises PlanError (E201 to E203) naming every layer that cannot be served on any of the targets, and why.
     """
     spec = read(source)
-    chosen = spec.targets if target is None else (target,)
-    return {each.name: plan_for(spec, each) for each in map(_target, chosen)}
+    return _plans(spec, target)
 
 
 def explain(
-    source: Source, *, target: str | Target | None = None, batch: int = 1, seq_len: int = 2048
+    source: Source, *, target: str | Target | None = None, batch: int = 1, seq_len: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Per target: chains, refusals and cost of every layer, and whether training fits. Plain data.
 
-    Raises UsageError (E602) for a batch without sequences or sequences without tokens, and what `plan` raises.
+    It speaks of `batch` sequences of `seq_len` tokens, default 2048, or max_position_embeddings if that is less. Raises
+    UsageError (E602) for sizes below 1 or more tokens than the model can take, and what `plan` raises.
     """
-    if batch < 1 or seq_len < 1:
-        raise fail(UsageError, "E602", f"batch and seq_len must be at least 1, not {batch} and {seq_len}")
     spec = read(source)
     from attncompiler.planning.explanation import explain as explain_plan
+    from attncompiler.planning.planner import planned_length, too_long
 
-    return {name: explain_plan(spec, each, batch=batch, seq_len=seq_len) for name, each in plan(spec, target).items()}
+    seq_len = planned_length(spec) if seq_len is None else seq_len
+    if batch < 1 or seq_len < 1:
+        raise fail(UsageError, "E602", f"batch and seq_len must be at least 1, not {batch} and {seq_len}")
+    reason = too_long(spec, seq_len)
+    if reason is not None:
+        raise fail(UsageError, "E602", reason)
+    return {name: explain_plan(spec, each) for name, each in _plans(spec, target, batch, seq_len).items()}
 
 
 def build(
@@ -78,7 +83,7 @@ def build(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     target: str | Target | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | None = None,
     elsewhere: bool = False,
 ) -> CompiledModel:
     """The spec as a torch.fx.GraphModule, with weights drawn from its seed. Writes nothing.
@@ -135,6 +140,20 @@ def load(
     if stored.has_weights and device != "meta":
         stored.load_into(model)
     return model
+
+
+def _plans(spec: ModelSpec, target: str | Target | None, batch: int = 1, seq_len: int | None = None) -> dict[str, Plan]:
+    """A plan per listed target, or for `target` alone. Raises PlanError with the faults of all of them."""
+    made: dict[str, Plan] = {}
+    faults: dict[Diagnostic, None] = {}
+    for each in map(_target, spec.targets if target is None else (target,)):
+        try:
+            made[each.name] = plan_for(spec, each, batch=batch, seq_len=seq_len)
+        except PlanError as error:
+            faults |= dict.fromkeys(error.diagnostics)
+    if faults:
+        raise PlanError(faults)
+    return made
 
 
 def _in_dtype(spec: ModelSpec, dtype: torch.dtype | None) -> ModelSpec:

@@ -44,12 +44,15 @@ class Corpus:
         """Fixed windows, spread evenly over the held-out bytes: input_ids and labels (count, T)."""
         return _windows(self.held_out, np.linspace(0, len(self.held_out) - seq_len - 1, count).astype(int), seq_len)
 
-    def bigram_loss(self, count: int, seq_len: int) -> float:
-        """Nats per byte of the held-out windows under a table of the training bytes' pairs, each counted once more."""
+    def all_held_out(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        """Windows beside one another that hold all of the held-out bytes but the last few: input_ids and labels."""
+        return _windows(self.held_out, np.arange(0, len(self.held_out) - seq_len, seq_len), seq_len)
+
+    def bigram_loss(self, input_ids: Tensor, labels: Tensor) -> float:
+        """Nats per byte of windows under a table of the training bytes' pairs, each counted once more."""
         pairs = self.train[:-1].astype(np.int64) * 256 + self.train[1:]
         table = np.bincount(pairs, minlength=256 * 256).reshape(256, 256) + 1.0
         log_probability = torch.from_numpy(np.log(table / table.sum(1, keepdims=True)))
-        input_ids, labels = self.held_out_windows(count, seq_len)
         return -log_probability[input_ids, labels].mean().item()
 
 
@@ -89,7 +92,7 @@ def main() -> None:
     corpus = read_standard_library()
     print(f"{corpus.files:,} files, sha256 {corpus.sha256}")
     print(f"{len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out")
-    print(f"a bigram table gives {corpus.bigram_loss(count=1024, seq_len=512):.3f} nats per held-out byte")
+    print(f"a bigram table gives {corpus.bigram_loss(*corpus.all_held_out(512)):.3f} nats per held-out byte")
 
 
 if __name__ == "__main__":

@@ -20,17 +20,22 @@ def main(
 ) -> None:
     """Draw the loss curves of runs."""
     logs = [json.loads((run / "loss.json" if run.is_dir() else run).read_text()) for run in runs]
+    if unfinished := [log["name"] for log in logs if "final" not in log]:
+        raise typer.BadParameter(f"not finished yet: {', '.join(unfinished)}")
     if len({log["corpus"]["sha256"] for log in logs}) > 1:
         raise typer.BadParameter("the runs were trained on different texts: their losses do not compare")
     draw(logs, out)
     for log in logs:
-        last = log["held_out"][-1]
-        typer.echo(f"{log['name']}: {last['loss']:.3f} nats per byte after {last['seconds'] / 60:.1f} minutes")
+        minutes = log["held_out"][-1]["seconds"] / 60
+        typer.echo(f"{log['name']}: {log['final']['loss']:.3f} nats per byte after {minutes:.1f} minutes")
     typer.echo(str(out))
 
 
 def draw(logs: list[dict[str, Any]], out: Path) -> None:
-    """One line a run, the losses of its training steps faint behind it, and the bigram table's loss as a level."""
+    """One line a run, the losses of its training steps faint behind it, and the bigram table's loss as a level.
+
+    The numbers beside the names are of all held-out bytes; the lines follow some of them.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -42,7 +47,7 @@ def draw(logs: list[dict[str, Any]], out: Path) -> None:
         held_out = [(point["seconds"] / 60, point["loss"]) for point in log["held_out"]]
         train = [(point["seconds"] / 60, point["loss"]) for point in log["train"]]
         axes.plot(*zip(*train, strict=True), color=color, alpha=0.25, linewidth=0.6)
-        label = f"{log['name']} ({log['parameters'] / 1e6:.1f} M parameters): {held_out[-1][1]:.2f}"
+        label = f"{log['name']} ({log['parameters'] / 1e6:.1f} M parameters): {log['final']['loss']:.2f}"
         axes.plot(*zip(*held_out, strict=True), color=color, marker="o", markersize=3, label=label)
     bigram = logs[0]["corpus"]["bigram_loss"]
     axes.axhline(bigram, color="gray", linestyle="--", linewidth=0.8, label=f"a bigram table: {bigram:.2f}")

@@ -9,6 +9,8 @@ The spec must be a causal language model with a vocabulary of at least 256. A ru
     loss.json     settings, corpus, and the losses so far, in nats per byte (plot_loss.py draws them)
     step-N/       the newest checkpoint: optimizer.safetensors, progress.json and model/, which attncompiler.load takes
 
+On the way the loss is that of --eval-windows of the held-out text, and in the end that of all of it.
+
 With --steps a resumed run has the losses of an unbroken one. With --minutes the learning rate follows the clock, which
 counts everything since the start: building, evaluating and saving too.
 """
@@ -20,6 +22,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +38,8 @@ from torch import Tensor, nn
 import attncompiler
 
 console = Console(soft_wrap=True)
+EVALUATED = 16
+"""windows evaluated at once in the end"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,10 @@ class Settings:
 
     def done(self, step: int, seconds: float) -> float:
         """How much of the run is behind us, from 0 to 1: by steps when they are given, else by the clock."""
-        return min(1.0, step / self.steps if self.steps is not None else seconds / (60 * (self.minutes or 5)))
+        if self.steps is not None:
+            return min(1.0, step / self.steps)
+        assert self.minutes is not None
+        return min(1.0, seconds / (60 * self.minutes))
 
     def lr_at(self, step: int, done: float) -> float:
         """Linear warm-up, then half a cosine down to a twentieth."""
@@ -72,7 +80,7 @@ def main(
     weight_decay: Annotated[float, typer.Option(help="of matrices")] = 0.1,
     clip: Annotated[float, typer.Option(help="largest norm of the gradient")] = 1.0,
     eval_every: Annotated[int, typer.Option(help="steps between held-out losses")] = 50,
-    eval_windows: Annotated[int, typer.Option(help="held-out windows")] = 32,
+    eval_windows: Annotated[int, typer.Option(help="held-out windows of each")] = 32,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints; one more at the end")] = 200,
     out: Annotated[Path | None, typer.Option(help="folder of the run (default runs/<name of the spec>)")] = None,
     resume: Annotated[
@@ -89,7 +97,9 @@ def main(
     started = time.perf_counter()
     if steps is not None and minutes is not None:
         raise typer.BadParameter("give --steps or --minutes, not both")
-    minutes = None if steps is not None else minutes or 5.0
+    if (minutes is not None and minutes <= 0) or (steps is not None and steps < 1):
+        raise typer.BadParameter("--minutes must be above 0, and --steps at least 1")
+    minutes = 5.0 if steps is None and minutes is None else minutes
     settings = Settings(steps, minutes, batch_size, seq_len, lr, warmup, weight_decay, clip, eval_windows, seed)
 
     model_spec = attncompiler.check(spec, overrides=overrides or ())
@@ -112,7 +122,7 @@ def main(
                 "files": corpus.files,
                 "train_bytes": len(corpus.train),
                 "held_out_bytes": len(corpus.held_out),
-                "bigram_loss": corpus.bigram_loss(eval_windows, seq_len),
+                "bigram_loss": corpus.bigram_loss(*corpus.all_held_out(seq_len)),
             },
             "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()},
             "train": [],
@@ -174,16 +184,31 @@ def main(
         evaluate_and_log()
     write_json(out / "loss.json", log)
     folder = save_checkpoint(out, model, optimizer, step, seconds(), log)
+    with progress_bar() as bar:
+        task = bar.add_task("evaluating", total=1.0, loss="on all held-out bytes")
+        input_ids, labels = (tensor.to(where) for tensor in corpus.all_held_out(seq_len))
+        loss = evaluate(model, input_ids, labels, EVALUATED, lambda share: bar.update(task, completed=share))
+    log["final"] = {"bytes": labels.numel(), "loss": loss}
+    write_json(out / "loss.json", log)
+    console.print(f"on all {labels.numel():,} held-out bytes: loss {loss:.4f}")
     console.print(f'the curve: {out / "loss.json"}; the model: attncompiler.load("{folder / "model"}")')
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, input_ids: Tensor, labels: Tensor, batch_size: int) -> float:
-    """Nats per byte over windows (N, T), in batches of `batch_size`."""
+def evaluate(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    seen: Callable[[float], object] = lambda share: None,
+) -> float:
+    """Nats per byte over windows (N, T), in batches of `batch_size`; `seen` is told how much is done, up to 1."""
     model.eval()
-    total = 0.0
+    total, done = 0.0, 0
     for ids, targets in zip(input_ids.split(batch_size), labels.split(batch_size), strict=True):
         total += model.loss(ids, targets).item() * targets.numel()  # type: ignore[operator]
+        done += targets.numel()
+        seen(done / labels.numel())
     model.train()
     return total / labels.numel()
 

@@ -61,7 +61,7 @@ def _refuse_to_lose_training(path: Path) -> None:
 
 def _write_files(model: CompiledModel, spec: ModelSpec, emitted: Plan, found: Weights, folder: Path) -> None:
     listed = {made.target.name: made for made in (plan(spec, target) for target in spec.targets)}
-    explained = [explain(spec, each, batch=each.batch, seq_len=each.seq_len) for each in (emitted, *listed.values())]
+    explained = [explain(spec, each) for each in (emitted, *listed.values())]
     texts = {
         layout.SPEC: specs.dump(spec),
         layout.PLAN: plans.to_json(listed, emitted),

@@ -49,8 +49,25 @@ def check_inputs(tokens: Tensor, **others: Tensor | None) -> None:
             raise fail(InputError, "E402", f"{name} must be whole numbers, not {tensor.dtype}")
 
 
+def no_position(limit: int, wanted: int) -> Exception:
+    """The error (E401) of a sequence that is longer than there are positions, to be raised."""
+    return fail(
+        InputError,
+        "E401",
+        f"the model has {limit} learned positions, and {wanted} are asked for",
+        remedy="shorten the sequences, or raise model.max_position_embeddings and train",
+    )
+
+
 class Positions(nn.Module):
-    """Position ids (B or 1, T) for rotary and learned positions: those given, else counted inside each segment."""
+    """Position ids (B or 1, T) for rotary and learned positions: those given, else counted inside each segment.
+
+    `limit` is how many learned positions there are, None where there are none.
+    """
+
+    def __init__(self, limit: int | None = None):
+        super().__init__()
+        self.limit = limit
 
     def forward(
         self,
@@ -61,12 +78,15 @@ class Positions(nn.Module):
     ) -> Tensor:
         """`tokens` is (B, T), whole numbers, or (B, T, M); only its size counts.
 
-        Raises InputError: E401 for shapes that do not fit the tokens, E402 for ids that are not whole numbers.
+        Raises InputError: E401 for shapes that do not fit the tokens, or more tokens than the limit; E402 for ids that
+        are not whole numbers.
         """
         check_inputs(tokens, attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids)
         if position_ids is not None:
             return position_ids
         if attention_mask is None and segment_ids is None:
+            if self.limit is not None and not torch.compiler.is_compiling() and tokens.shape[1] > self.limit:
+                raise no_position(self.limit, tokens.shape[1])
             return torch.arange(tokens.shape[1], device=tokens.device)[None]
         mask = None if attention_mask is None else attention_mask != 0
         return segment_positions(mask, segment_ids, tokens.shape[1])

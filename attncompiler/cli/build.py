@@ -81,7 +81,7 @@ def _summary(model: CompiledModel, path: Path) -> dict[str, Any]:
         "head": spec.model.head.kind,
         "device": str(next(model.parameters()).device),
         "device_type": plan.target.device_type,
-        **explain(spec, plan, batch=plan.batch, seq_len=plan.seq_len),
+        **explain(spec, plan),
     }
 
 

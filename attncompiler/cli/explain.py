@@ -16,7 +16,10 @@ def explain(
         list[str] | None, typer.Option(metavar="NAME", help="a target; every listed one if absent")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="sequences in a batch")] = 1,
-    seq_len: Annotated[int, typer.Option(min=1, help="tokens in a sequence")] = 2048,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="tokens in a sequence; default: 2048, or what the model is meant for"),
+    ] = None,
     set_: Overrides = None,
     format: AsFormat = Format.text,
 ) -> None:
@@ -34,9 +37,8 @@ def explain(
     for number, each in enumerate(explained.values()):
         if number:
             output.line()
-        output.line(
-            f"{each['spec']} on {each['target']} ({each['title']}), {each['dtype']}, {batch} × {seq_len} tokens"
-        )
+        size = f"{each['batch']} × {each['seq_len']} tokens"
+        output.line(f"{each['spec']} on {each['target']} ({each['title']}), {each['dtype']}, {size}")
         output.line()
         layers.layers(each, costs=True)
         output.line()

@@ -58,7 +58,7 @@ def totals(explained: dict[str, Any]) -> None:
     output.line(
         f"{model['parameters']:,} parameters; a training step {si(model['training_flops'])}FLOP, "
         f"{seconds(model['step_seconds'])} at best, {model['tokens_per_second']:,.0f} tokens/s; "
-        f"decode state {gib(model['state_bytes'])}"
+        f"decode state {gib(model['state_bytes']) if model['state_bytes'] else 'none'}"
     )
     output.line()
     rows = [("training", fit["plain"]["verdict"]), ("with checkpointing", fit["checkpointed"]["verdict"])]

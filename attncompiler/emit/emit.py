@@ -7,10 +7,11 @@ from torch import fx
 
 from attncompiler.emit import weights
 from attncompiler.emit.layer import Layer
-from attncompiler.emit.model import CompiledModel, Model, not_causal
+from attncompiler.emit.model import CompiledModel, Model
 from attncompiler.emit.trace import Emitted, trace
 from attncompiler.emit.verify import verify
 from attncompiler.planning import Plan, PlannedLayer
+from attncompiler.planning.planner import not_causal
 from attncompiler.runtime.context import MixerContext
 from attncompiler.runtime.site import Site
 from attncompiler.spec import ModelSpec, ResolvedLayer

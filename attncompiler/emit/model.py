@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from attncompiler.blocks.embedding import LearnedPositions, TokenTypes
 from attncompiler.blocks.head import ClassifierLoss, LMLoss, Pool, SoftCap
 from attncompiler.blocks.norm import make_norm
-from attncompiler.blocks.positions import Positions, StepPositions
+from attncompiler.blocks.positions import Positions, StepPositions, no_position
 from attncompiler.emit.trace import Emitted, free_method, share_classes
 from attncompiler.errors import InputError, fail
-from attncompiler.mechanisms.base import discover
 from attncompiler.planning import Plan
+from attncompiler.planning.planner import not_causal
 from attncompiler.spec.model import ModelSpec
 
 
@@ -27,13 +28,13 @@ class Model(nn.Module):
         model, width = spec.model, spec.model.hidden_size
         self.embedding, self.head = model.embedding, model.head
         self.takes_tokens = model.input == "tokens"
-        self.positions, self.step_positions = Positions(), StepPositions()
+        self.positions, self.step_positions = Positions(_learned_positions(spec)), StepPositions()
         if model.vocab_size is not None:
             self.embed_tokens = nn.Embedding(model.vocab_size, width)
         if self.embedding.positions == "learned":
-            self.embed_positions = nn.Embedding(model.max_position_embeddings, width)
+            self.embed_positions = LearnedPositions(model.max_position_embeddings, width)
         if self.embedding.token_types:
-            self.embed_token_types = nn.Embedding(self.embedding.token_types, width)
+            self.embed_token_types = TokenTypes(self.embedding.token_types, width)
         if self.embedding.norm:
             self.embed_norm = make_norm(model.norm.kind, width, model.norm.eps)
         self.layers = nn.ModuleDict(layers)
@@ -57,7 +58,7 @@ class Model(nn.Module):
         if self.embedding.positions == "learned":
             hidden = hidden + self.embed_positions(position_ids)
         if self.embedding.token_types:
-            hidden = hidden + self.embed_token_types(token_type_ids)
+            hidden = hidden + self.embed_token_types(inputs, token_type_ids)
         return self.embed_norm(hidden) if self.embedding.norm else hidden
 
     def backbone(
@@ -189,10 +190,15 @@ class CompiledModel(Emitted):
     ) -> dict[str, Any]:
         """An empty decode state for B sequences of up to `max_length` tokens.
 
-        `device` and `dtype` (of caches; recurrent states are fp32) default to the parameters'. Raises InputError (E503)
-        when a layer cannot be run step by step.
+        `device` and `dtype` (of caches; recurrent states are fp32) default to the parameters'. Raises InputError: E503
+        when a layer cannot be run step by step, E403 for sizes below 1, E401 for more tokens than learned positions.
         """
         self._refuse_step()
+        if batch < 1 or max_length < 1:
+            raise fail(InputError, "E403", f"batch and max_length must be at least 1, not {batch} and {max_length}")
+        limit = _learned_positions(self.spec) if self.spec else None
+        if limit is not None and max_length > limit:
+            raise no_position(limit, max_length)
         example = next(self.parameters())
         device = torch.device(device) if device is not None else example.device
         dtype = dtype or example.dtype
@@ -227,15 +233,6 @@ def _mixer(layer: nn.Module) -> Any:
     return layer.mixer
 
 
-def not_causal(spec: ModelSpec) -> list[str]:
-    """Why the model cannot decode, a sentence for each policy in use and each part; empty when it can."""
-    reasons = []
-    if spec.model.head.kind == "classifier":
-        reasons.append("a classifier reads the whole sequence")
-    if spec.model.embedding.token_types:
-        reasons.append("token types are given for a whole sequence")
-    for name in dict.fromkeys(layer.policy_name for layer in spec.resolved_layers):
-        policy = spec.policies[name]
-        if not discover()[policy.kind].causal(policy):
-            reasons.append(f"policy {name!r} is not causal")
-    return reasons
+def _learned_positions(spec: ModelSpec) -> int | None:
+    """How many positions have a vector; None where positions have none."""
+    return spec.model.max_position_embeddings if spec.model.embedding.positions == "learned" else None

@@ -181,6 +181,11 @@ def no_faults(policy: Any, model: Any) -> tuple[Fault, ...]:
     return ()
 
 
+def nothing_more(policy: Any, size: MixerSize) -> Mapping[str, Value]:
+    """For a mechanism that asks the same at every size."""
+    return {}
+
+
 def all_built(policy: Any) -> tuple[Fault, ...]:
     """For a mechanism whose layer builds every option of the grammar."""
     return ()
@@ -265,6 +270,10 @@ class Mechanism:
     """(policy, the spec's model section) → what does not fit together, checked before planning"""
     unbuilt: Callable[[Any], Iterable[Fault]] = all_built
     """policy → its options that the layer does not build in this version; those that no kernel offers are found"""
+    sized: Callable[[Any, MixerSize], Mapping[str, Value]] = nothing_more
+    """(policy, size) → what its layers ask beside `features` on a batch of that size"""
+    bounded: bool = False
+    """whether it cannot take more tokens than the model's max_position_embeddings"""
     places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """feature → where the policy asks for it, for features that are not named as a field is"""
 
@@ -287,21 +296,28 @@ def discover() -> Mapping[str, Mechanism]:
 
 # --- spec fields that mechanisms share --------------------------------------------------------------------------
 
+Size = Annotated[int, Field(ge=1, lt=2**20)]
+"""A number of heads, channels, ranks or features: the product of three, in bytes, is still a size of a tensor."""
+Length = Annotated[int, Field(ge=1, lt=2**40)]
+"""A number of tokens or of blocks of them."""
+Factor = Annotated[float, Field(gt=0, lt=1e30)]
+"""A positive number that fp32 holds with room to spare."""
+
 
 class RopeParameters(StrictModel, allow_inf_nan=False):
     """Rotary position embedding, with the field names of HF's `rope_parameters`."""
 
     rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
-    rope_theta: float = Field(default=10000.0, gt=0)
-    factor: float | None = Field(default=None, gt=0)
-    original_max_position_embeddings: int | None = Field(default=None, gt=0)
+    rope_theta: Factor = 10000.0
+    factor: Factor | None = None
+    original_max_position_embeddings: Length | None = None
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
     interleaved: bool = False
-    attention_factor: float | None = Field(default=None, gt=0)
-    beta_fast: float | None = Field(default=None, gt=0)
-    beta_slow: float | None = Field(default=None, gt=0)
-    low_freq_factor: float | None = Field(default=None, gt=0)
-    high_freq_factor: float | None = Field(default=None, gt=0)
+    attention_factor: Factor | None = None
+    beta_fast: Factor | None = None
+    beta_slow: Factor | None = None
+    low_freq_factor: Factor | None = None
+    high_freq_factor: Factor | None = None
 
 
 _YARN = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from attncompiler.blocks import cost as blocks
 from attncompiler.mechanisms.base import Cost, MixerSize
 from attncompiler.planning.model import Plan
-from attncompiler.planning.planner import ITEMSIZE, mixer_cost, mixer_size
+from attncompiler.planning.planner import ITEMSIZE, mixer_cost, mixer_size, not_causal
 from attncompiler.spec.expand import ResolvedLayer
 from attncompiler.spec.model import Mlp, ModelSpec
 from attncompiler.targets.target import Target
@@ -90,21 +90,22 @@ class ModelCost:
     """the same with every layer's activations made again in the backward"""
     time: Time
     state_bytes: int
-    """decode state of B sequences at position T"""
+    """decode state of B sequences at position T; 0 for a model that cannot decode"""
 
     @property
     def layers(self) -> tuple[Part, ...]:
         return tuple(part for part in self.parts if part.mixer is not None)
 
 
-def model_cost(spec: ModelSpec, plan: Plan, *, batch: int, seq_len: int) -> ModelCost:
-    """The cost of `spec` as `plan` runs it, for `batch` sequences of `seq_len` tokens."""
-    parts = tuple(_parts(spec, plan, mixer_size(spec, batch=batch, seq_len=seq_len)))
-    boundary = batch * seq_len * spec.model.hidden_size * ITEMSIZE[spec.model.dtype]
+def model_cost(spec: ModelSpec, plan: Plan) -> ModelCost:
+    """The cost of `spec` as `plan` runs it, for a batch of the plan's size."""
+    size = mixer_size(spec, batch=plan.batch, seq_len=plan.seq_len)
+    parts = tuple(_parts(spec, plan, size))
+    boundary = size.tokens * spec.model.hidden_size * ITEMSIZE[spec.model.dtype]
     total = sum((part.cost for part in parts), NOTHING)
     return ModelCost(
-        batch=batch,
-        seq_len=seq_len,
+        batch=size.batch,
+        seq_len=size.seq_len,
         parts=parts,
         parameters=sum(part.parameters for part in parts),
         forward_flops=total.forward_flops,
@@ -112,7 +113,7 @@ def model_cost(spec: ModelSpec, plan: Plan, *, batch: int, seq_len: int) -> Mode
         memory=_memory(parts, boundary, plan.target, checkpointed=False),
         checkpointed=_memory(parts, boundary, plan.target, checkpointed=True),
         time=_time(parts, plan),
-        state_bytes=total.state_bytes,
+        state_bytes=0 if not_causal(spec) else total.state_bytes,
     )
 
 

@@ -19,21 +19,21 @@ GATHERED = 2
 """layers whose parameters FSDP holds whole at once: the one that runs and the one it fetches ahead"""
 
 
-def explain(spec: ModelSpec, plan: Plan, *, batch: int = 1, seq_len: int = 2048) -> dict[str, Any]:
-    """What runs where and what it costs, for training on `batch` sequences of `seq_len` tokens.
+def explain(spec: ModelSpec, plan: Plan) -> dict[str, Any]:
+    """What runs where and what it costs, for training on a batch of the size that the plan is for.
 
     Data for JSON and for a table: `layers` groups equal layers, `model` sums them up, `fit` says whether a training
     step fits the target, with and without activation checkpointing, and on how many devices under FSDP.
     """
-    cost = model_cost(spec, plan, batch=batch, seq_len=seq_len)
+    cost = model_cost(spec, plan)
     return {
         "spec": spec.name,
         "target": plan.target.name,
         "title": plan.target.title,
         "here": plan.here,
         "dtype": plan.dtype,
-        "batch": batch,
-        "seq_len": seq_len,
+        "batch": plan.batch,
+        "seq_len": plan.seq_len,
         "layers": list(_layers(spec, plan, cost)),
         "model": _model(cost),
         "fit": {
@@ -71,7 +71,7 @@ def _layers(spec: ModelSpec, plan: Plan, cost: ModelCost) -> Iterator[dict[str, 
             "forward_flops": part.cost.forward_flops,
             "backward_flops": part.cost.backward_flops,
             "activation_bytes": part.cost.saved_bytes,
-            "state_bytes": part.mixer.state_bytes,
+            "state_bytes": part.mixer.state_bytes if cost.state_bytes else 0,
             "mixer": {
                 "parameters": part.mixer.parameters,
                 "forward_flops": part.mixer.forward_flops,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from attncompiler import targets
 from attncompiler.errors import Diagnostic, PlanError
@@ -30,11 +31,21 @@ from attncompiler.targets.target import Target
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 PLANNED_LENGTH = 2048
-"""tokens a plan's own costs are for, where the model takes as many; `plan.cost` gives those of any size"""
+"""tokens"""
 
 
-def plan(spec: ModelSpec, target: Target | str, environment: Environment | None = None) -> Plan:
+def plan(
+    spec: ModelSpec,
+    target: Target | str,
+    environment: Environment | None = None,
+    *,
+    batch: int = 1,
+    seq_len: int | None = None,
+) -> Plan:
     """Choose every layer's chain of kernels on `target`, a Target or a built-in's name.
+
+    The plan is for `batch` sequences of `seq_len` tokens, default `planned_length(spec)`: what a kernel refuses at that
+    size alone is refused in it too.
 
     Without `environment` the plan is for a listed target, wherever it is: what is installed does not count, and a layer
     that no allowed kernel can serve is an error. With it the plan is for the machine at hand: such a layer gets an
@@ -46,18 +57,16 @@ def plan(spec: ModelSpec, target: Target | str, environment: Environment | None 
     if isinstance(target, str):
         target = targets.get(target)
     unbuilt = {name: _unbuilt(spec, name, policy) for name, policy in _used(spec).items()}
-    seq_len = min(PLANNED_LENGTH, spec.model.max_position_embeddings)
+    size = mixer_size(spec, batch=batch, seq_len=planned_length(spec) if seq_len is None else seq_len)
     made = Plan(
         format=FORMAT,
         spec=spec.name,
         target=target,
         here=environment is not None,
         dtype=spec.model.dtype,
-        batch=1,
-        seq_len=seq_len,
-        policies=tuple(
-            _choose(spec, name, policy, target, environment, seq_len) for name, policy in _used(spec).items()
-        ),
+        batch=size.batch,
+        seq_len=size.seq_len,
+        policies=tuple(_choose(spec, name, policy, target, environment, size) for name, policy in _used(spec).items()),
         order=tuple(layer.policy_name for layer in spec.resolved_layers),
     )
     faults = [fault for found in unbuilt.values() for fault in found]
@@ -68,15 +77,43 @@ def plan(spec: ModelSpec, target: Target | str, environment: Environment | None 
     return made if environment is not None else made.require(spec)
 
 
-def mixer_size(spec: ModelSpec, *, batch: int, seq_len: int, kernel: str = "") -> MixerSize:
-    """The size at which the mixers of `spec` are costed."""
+def planned_length(spec: ModelSpec) -> int:
+    """The tokens that a plan is for where nobody says: `PLANNED_LENGTH`, or what the model is meant for, if less."""
+    return min(PLANNED_LENGTH, spec.model.max_position_embeddings)
+
+
+def too_long(spec: ModelSpec, seq_len: int) -> str | None:
+    """Why the model cannot take as many tokens, or None where it can."""
+    limit = spec.model.max_position_embeddings
+    bounded = [name for name, policy in _used(spec).items() if discover()[policy.kind].bounded]
+    if seq_len <= limit or not (bounded or spec.model.embedding.positions == "learned"):
+        return None
+    why = f"policy {bounded[0]!r} projects no more" if bounded else "its learned positions are no more"
+    return f"the model takes at most {limit} tokens, not {seq_len}: {why}"
+
+
+def not_causal(spec: ModelSpec) -> list[str]:
+    """Why the model cannot decode, a sentence for each part and each policy in use; empty when it can."""
+    reasons = []
+    if spec.model.head.kind == "classifier":
+        reasons.append("a classifier reads the whole sequence")
+    if spec.model.embedding.token_types:
+        reasons.append("token types are given for a whole sequence")
+    used = _used(spec).items()
+    return reasons + [
+        f"policy {name!r} is not causal" for name, policy in used if not discover()[policy.kind].causal(policy)
+    ]
+
+
+def mixer_size(spec: ModelSpec, *, batch: int, seq_len: int) -> MixerSize:
+    """The size at which the mixers of `spec` are costed, on a kernel that is yet to be chosen."""
     return MixerSize(
         hidden_size=spec.model.hidden_size,
         max_position_embeddings=spec.model.max_position_embeddings,
         batch=batch,
         seq_len=seq_len,
         itemsize=ITEMSIZE[spec.model.dtype],
-        kernel=kernel,
+        kernel="",
     )
 
 
@@ -119,11 +156,15 @@ def _values(kernel: Kernel, feature: str) -> Iterable[Value]:
 
 
 def _choose(
-    spec: ModelSpec, name: str, policy: Policy, target: Target, environment: Environment | None, seq_len: int
+    spec: ModelSpec, name: str, policy: Policy, target: Target, environment: Environment | None, size: MixerSize
 ) -> PlannedPolicy:
     """The chain of a policy's layers, and who was refused."""
     mechanism = discover()[policy.kind]
-    features = {**mechanism.features(policy, spec.model), "deterministic": spec.deterministic}
+    features = {
+        **mechanism.features(policy, spec.model),
+        **mechanism.sized(policy, size),
+        "deterministic": spec.deterministic,
+    }
     request = Request(mechanism.name, features, spec.model.dtype)
     chain, refused = [], []
     for candidate in candidates(spec, policy, mechanism, request, target):
@@ -138,7 +179,7 @@ def _choose(
         demanded=policy.kernel if isinstance(policy.kernel, str) and policy.kernel != "auto" else None,
         chain=tuple(chain),
         refusals=tuple(refused),
-        cost=mixer_cost(policy, mixer_size(spec, batch=1, seq_len=seq_len, kernel=chain[0])) if chain else Cost(),
+        cost=mixer_cost(policy, replace(size, kernel=chain[0])) if chain else Cost(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -81,6 +82,22 @@ def check_dtypes(
         if tensor is not None and tensor.is_floating_point():
             raise fail(InputError, "E402", f"{name} must be whole numbers, not {tensor.dtype}")
     return raised
+
+
+def number(name: str, value: object, *, above: float | None = None) -> float:
+    """The value as a float. Raises InputError (E403) unless it is a finite number, and above `above` where given."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise fail(InputError, "E403", f"{name} must be a finite number, not {value!r}")
+    if above is not None and not value > above:
+        raise fail(InputError, "E403", f"{name} must be above {above:g}, not {value:g}")
+    return float(value)
+
+
+def whole(name: str, value: object, least: int) -> int:
+    """The value itself. Raises InputError (E403) unless it is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise fail(InputError, "E403", f"{name} must be a whole number of at least {least}, not {value!r}")
+    return value
 
 
 def boolean_mask(attention_mask: Tensor | None) -> Tensor | None:

@@ -78,7 +78,9 @@ def _fault(place: Trace, item: Mapping[str, Any]) -> tuple[Fault, bool]:
         return Fault(path, f"{name} must be {WANTED[kind]}, not {describe(value)}", "E011", _cast(kind, value)), False
     if kind in BOUNDS:
         key, words = BOUNDS[kind]
-        return Fault(path, f"{name} must be {words} {context[key]:g}, not {describe(value)}", "E014"), False
+        bound = context[key]
+        shown = f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+        return Fault(path, f"{name} must be {words} {shown}, not {describe(value)}", "E014"), False
     if kind == "finite_number":
         return Fault(path, f"{name} must be finite", "E014"), False
     return Fault(path, f"{name}: {item['msg']}", "E014"), False

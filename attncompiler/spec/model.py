@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, PrivateAttr, Tag
 
 from attncompiler.errors import Location
-from attncompiler.mechanisms.base import Names, Policy, StrictModel, discover
+from attncompiler.mechanisms.base import Factor, Length, Names, Policy, StrictModel, discover
 from attncompiler.spec.nodes import Node, locate
 from attncompiler.targets.target import Target
 
@@ -40,14 +40,14 @@ class Embedding(SpecModel):
     positions: Literal["none", "learned"] = Field(default="none", description="learned: a table of absolute positions")
     token_types: int = Field(default=0, ge=0, lt=2**20, description="size of the token type table; 0: none")
     norm: bool = Field(default=False, description="normalise the embeddings")
-    multiplier: float = Field(default=1.0, gt=0, description="the embeddings are multiplied by it")
+    multiplier: Factor = Field(default=1.0, description="the embeddings are multiplied by it")
 
 
 class Norm(SpecModel):
     """The norms of layers and of the last hidden states."""
 
     kind: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    eps: float = Field(default=1e-5, gt=0)
+    eps: Factor = 1e-5
     position: Literal["pre", "post", "sandwich"] = Field(
         default="pre", description="before the mixer and MLP, after, or both"
     )
@@ -86,9 +86,7 @@ class LmHead(SpecModel):
     kind: Literal["lm"] = "lm"
     bias: bool = False
     tie_word_embeddings: bool = Field(default=False, description="the head's weight is the embedding's")
-    final_logit_softcapping: float | None = Field(
-        default=None, gt=0, description="logits become cap · tanh(logits / cap)"
-    )
+    final_logit_softcapping: Factor | None = Field(default=None, description="logits become cap · tanh(logits / cap)")
 
 
 class ClassifierHead(SpecModel):
@@ -137,14 +135,14 @@ class Layer(SpecModel):
     policy: str = Field(description="a name from policies")
     mlp: MlpChanges | None = Field(default=None, description="merged over model.mlp")
     share: str | None = Field(default=None, description="layers of equal name share their weights")
-    repeat: int = Field(default=1, ge=1)
+    repeat: Length = 1
 
 
 class Group(SpecModel):
     """Layers in order, the whole `repeat` times."""
 
     layers: tuple[AnyLayer, ...]
-    repeat: int = Field(default=1, ge=1)
+    repeat: Length = 1
 
 
 def _layer_or_group(value: Any) -> str:
@@ -181,7 +179,7 @@ class Origin:
 class ModelSpec(SpecModel):
     """A spec: validated, frozen, and independent of any hardware."""
 
-    spec_version: Literal[1] = 1
+    spec_version: int = Field(default=1, ge=1, le=1, description="of this grammar")
     name: str = Field(description="of the artifact and its folder")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of the initial weights")
     deterministic: bool = Field(default=False, description="use only kernels that repeat bit for bit")

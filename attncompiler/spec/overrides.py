@@ -19,13 +19,17 @@ def apply(root: Node, overrides: Sequence[str]) -> tuple[Node, list[Diagnostic]]
     """
     faults: list[Diagnostic] = []
     for text in overrides:
-        option = "--set " + "".join(map(_printable, text))
         try:
-            path, value = _split(text, option, faults)
-            root = _set(root, path, value, option)
+            path, value = _split(text, option(text), faults)
+            root = _set(root, path, value, option(text))
         except SpecError as error:
             faults += error.diagnostics
     return root, faults
+
+
+def option(text: str) -> str:
+    """An override as it is cited."""
+    return "--set " + "".join(map(_printable, text))
 
 
 def _split(text: str, option: str, faults: list[Diagnostic]) -> tuple[Path, Node]:

@@ -37,7 +37,7 @@ class Parts:
     model: Holed
     policies: Mapping[str, Policy | None]
     layers: Sequence[Layer | Group | None] | None
-    targets: Sequence[str | Target | None]
+    targets: Sequence[str | Target | None] | None
     fallback: Fallback | None
 
 
@@ -54,7 +54,7 @@ def salvage(data: Mapping[str, Any], holes: Collection[str]) -> Parts:
         model=_model(data.get("model"), holes),
         policies={key: _policy(value) for key, value in policies.items()} if isinstance(policies, Mapping) else {},
         layers=[_valid(AnyLayer, item) for item in layers] if isinstance(layers, tuple) else None,
-        targets=[_valid(str | Target, item) for item in targets] if isinstance(targets, tuple) else (),
+        targets=[_valid(str | Target, item) for item in targets] if isinstance(targets, tuple) else None,
         fallback=_valid(Fallback, data.get("fallback", {})),
     )
 

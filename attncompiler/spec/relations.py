@@ -125,6 +125,10 @@ def _shared(parts: Parts) -> Iterator[Found]:
 
 
 def _targets(parts: Parts) -> Iterator[Found]:
+    if parts.targets is None:
+        return
+    if not parts.targets:
+        yield Fault(("targets",), "the spec lists no target", "E014", "leave targets out for cpu"), False
     seen = set()
     for index, target in enumerate(parts.targets):
         if target is None:

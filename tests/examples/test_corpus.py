@@ -77,7 +77,15 @@ def test_held_out_windows_reach_from_the_first_to_the_last_byte() -> None:
 def test_the_bigram_table_is_what_counting_gives() -> None:
     train, held_out = np.frombuffer(b"abab", dtype=np.uint8), np.frombuffer(b"ab", dtype=np.uint8)
     made = corpus.Corpus(train, held_out, 1, "")
-    assert made.bigram_loss(1, 1) == pytest.approx(-np.log(3 / 258))  # ab twice, and each of 256 pairs once more
+    # ab twice, and each of 256 pairs once more
+    assert made.bigram_loss(*made.held_out_windows(1, 1)) == pytest.approx(-np.log(3 / 258))
+
+
+def test_all_held_out_bytes_are_windows_beside_one_another() -> None:
+    data = np.arange(200, dtype=np.uint8)
+    input_ids, labels = corpus.Corpus(data, data, 1, "").all_held_out(30)
+    assert input_ids.flatten().tolist() == list(range(180))
+    assert labels.flatten().tolist() == list(range(1, 181))
 
 
 def test_the_running_interpreters_library_is_large_enough(capsys: pytest.CaptureFixture[str]) -> None:

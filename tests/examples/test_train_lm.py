@@ -70,6 +70,10 @@ def test_training_learns_and_leaves_a_model_and_a_log(train_lm: ModuleType, spec
     corpus = load_example("corpus").read_standard_library(max_files=40)
     model = attncompiler.load(out / "step-30" / "model")
     assert train_lm.evaluate(model, *corpus.held_out_windows(4, 32), batch_size=2) == held_out[-1]
+    input_ids, labels = corpus.all_held_out(32)
+    assert log["final"] == {"bytes": labels.numel(), "loss": train_lm.evaluate(model, input_ids, labels, 16)}
+    assert 0 <= len(corpus.held_out) - 1 - labels.numel() < 32
+    assert log["corpus"]["bigram_loss"] == corpus.bigram_loss(input_ids, labels)
 
 
 def test_a_run_that_died_resumes_with_the_losses_of_an_unbroken_one(
@@ -132,8 +136,8 @@ def test_another_run_is_not_resumed_nor_replaced(train_lm: ModuleType, spec: Pat
         refused = run(train_lm, spec, *change, "--out", out, "--resume")
         assert refused.exit_code == 2
         assert named in refused.output
-    both = run(train_lm, spec, "--steps", 1, "--minutes", 1, "--out", tmp_path / "other")
-    assert both.exit_code == 2
+    for bad in (("--steps", 1, "--minutes", 1), ("--minutes", 0), ("--steps", 0)):
+        assert run(train_lm, spec, *bad, "--out", tmp_path / "other").exit_code == 2
     after = sorted((path.relative_to(out), path.read_bytes()) for path in out.rglob("*") if path.is_file())
     assert after == before
 

@@ -17,7 +17,7 @@ from attncompiler.planning.explanation import explain
 
 def explained(name: str, target: str, batch: int = 1, seq_len: int = 2048) -> dict[str, Any]:
     spec = example(name)
-    return explain(spec, plan(spec, target), batch=batch, seq_len=seq_len)
+    return explain(spec, plan(spec, target, batch=batch, seq_len=seq_len))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,7 +87,7 @@ def test_more_devices_are_never_needed_with_checkpointing_or_more_memory() -> No
     spec = example("hybrid_13b")
     needed = []
     for target in ("a6000", "a100-80", "h200", "b200"):
-        fit = explain(spec, plan(spec, target), batch=1, seq_len=1024)["fit"]
+        fit = explain(spec, plan(spec, target, seq_len=1024))["fit"]
         assert fit["checkpointed"]["devices"] <= fit["plain"]["devices"]
         needed.append(fit["plain"]["devices"])
     assert needed == sorted(needed, reverse=True)
@@ -101,12 +101,11 @@ def test_activations_that_do_not_fit_are_not_solved_by_sharding() -> None:
 
 def test_time_is_a_bound_of_flops_and_bandwidth() -> None:
     spec = small("{kind: attention, num_attention_heads: 4}")
-    planned = plan(spec, "h200")
-    cost = model_cost(spec, planned, batch=8, seq_len=2048)
+    cost = model_cost(spec, plan(spec, "h200", batch=8, seq_len=2048))
     target = targets.get("h200")
     assert cost.time.forward >= cost.forward_flops / target.matrix_flops["float32"]
     assert cost.time.optimizer == pytest.approx(7 * cost.memory.parameters / target.bandwidth)
-    slower = model_cost(spec, plan(spec, "t4"), batch=8, seq_len=2048)
+    slower = model_cost(spec, plan(spec, "t4", batch=8, seq_len=2048))
     assert slower.time.step > cost.time.step
 
 
@@ -115,7 +114,7 @@ def test_shared_layers_are_stored_once_and_run_each_time() -> None:
     apart = small(attention, layers="[{policy: p0, repeat: 3}]")
     tied = small(attention, layers="[{policy: p0, share: one, repeat: 3}]")
     one = small(attention, layers="[{policy: p0}]")
-    costs = [model_cost(spec, plan(spec, "cpu"), batch=1, seq_len=64) for spec in (apart, tied, one)]
+    costs = [model_cost(spec, plan(spec, "cpu", seq_len=64)) for spec in (apart, tied, one)]
     assert costs[0].forward_flops == costs[1].forward_flops
     assert costs[1].parameters == costs[2].parameters
     assert costs[1].memory.activations == costs[0].memory.activations

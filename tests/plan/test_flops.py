@@ -62,9 +62,9 @@ FORMS: dict[str, ModelSpec] = {
 def check(spec: ModelSpec, batch: int, length: int) -> None:
     from attncompiler.emit import emit
 
-    planned = plan(spec, "cpu")
+    planned = plan(spec, "cpu", batch=batch, seq_len=length)
     model = emit(spec, planned, device="cpu")
-    cost = model_cost(spec, planned, batch=batch, seq_len=length)
+    cost = model_cost(spec, planned)
     inputs, labels = batch_of(spec, batch, length)
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
     stored = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -89,9 +89,9 @@ def test_flops_are_torchs_for_13_billion_parameters() -> None:
     from attncompiler.emit import emit
 
     spec = example("hybrid_13b")
-    planned = plan(spec, "a6000")
+    planned = plan(spec, "a6000", seq_len=1024)
     model = emit(spec, planned, device="meta")
-    cost = model_cost(spec, planned, batch=1, seq_len=1024)
+    cost = model_cost(spec, planned)
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -101,5 +101,5 @@ def test_flops_are_torchs_for_13_billion_parameters() -> None:
 
 def test_parameters_of_hybrid_13b() -> None:
     spec = example("hybrid_13b")
-    cost = model_cost(spec, plan(spec, "a6000"), batch=1, seq_len=2048)
+    cost = model_cost(spec, plan(spec, "a6000"))
     assert abs(cost.parameters / 13.14e9 - 1) < 0.005

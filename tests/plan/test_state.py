@@ -22,11 +22,11 @@ def test_decode_state_is_as_large_as_predicted(name: str) -> None:
     from attncompiler.emit import emit
 
     spec = example(name)
-    planned = plan(spec, "cpu")
+    planned = plan(spec, "cpu", batch=2, seq_len=34)
     model = emit(spec, planned, device="cpu")
     state = model.init_state(2, 40)
     with torch.no_grad():
         _, state = model.step(torch.zeros(2, 33, dtype=torch.int64), state)
         _, state = model.step(torch.zeros(2, 1, dtype=torch.int64), state)
     held = sum(tensor.nbytes for layer in state["layers"].values() for tensor in layer.values())
-    assert model_cost(spec, planned, batch=2, seq_len=34).state_bytes == held
+    assert model_cost(spec, planned).state_bytes == held

@@ -71,7 +71,7 @@ TABLE: list[tuple[str, str, list[str]]] = [
         "did you mean 'float64'?",
     ]),
     ("vocab_size: 256", "vocab_size: 256\n  norm: {eps: .inf}", ["f:4:15: E014 model.norm.eps must be finite"]),
-    ("name: base", "spec_version: 2\nname: base", ["f:1:15: E014 spec_version must be 1, not 2"]),
+    ("name: base", "spec_version: 2\nname: base", ["f:1:15: E014 spec_version must be at most 1, not 2"]),
     ("policies:\n  full:", "policies:\n  a.b: {kind: attention, num_attention_heads: 4}\n  full:", [
         "f:7:3: E014 the policy name 'a.b' may hold only letters, digits, dashes and underscores",
     ]),

@@ -11,13 +11,16 @@ from attncompiler.mechanisms.attention.pattern import Causal, Pattern
 from attncompiler.mechanisms.base import (
     ANY,
     AtMost,
+    Factor,
     Fault,
     Kernel,
     Mechanism,
+    MixerSize,
     Needs,
     OneOf,
     Policy,
     RopeParameters,
+    Size,
     Value,
     rope_faults,
     rotary_width_faults,
@@ -29,16 +32,16 @@ class AttentionPolicy(Policy):
     """A softmax attention mixer; field names are HF's where HF has one."""
 
     kind: Literal["attention"]
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int | None = Field(default=None, ge=1)
-    head_dim: int | None = Field(default=None, ge=1)
-    v_head_dim: int | None = Field(default=None, ge=1)
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    v_head_dim: Size | None = None
     attention_bias: Literal["none", "qkv", "all"] = "none"
     rope_parameters: RopeParameters | None = None
     pattern: Pattern = Causal()
     qk_norm: Literal["none", "rms", "l2"] = "none"
-    query_pre_attn_scalar: float | None = Field(default=None, gt=0)
-    attn_logit_softcapping: float | None = Field(default=None, gt=0)
+    query_pre_attn_scalar: Factor | None = None
+    attn_logit_softcapping: Factor | None = None
     alibi: bool = False
     sinks: bool = False
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -67,6 +70,12 @@ def features(policy: AttentionPolicy, model: Any) -> Mapping[str, Value]:
         "dropout": policy.attention_dropout,
         "value_width": value_width if value_width != policy.key_width(model.hidden_size) else None,
     }
+
+
+def sized(policy: AttentionPolicy, size: MixerSize) -> Mapping[str, Value]:
+    """The dense mask that a kernel without a form of its own for the pattern would need."""
+    plain = policy.pattern.kind in ("full", "causal")
+    return {"mask_bytes": 0 if plain else size.seq_len**2 * size.itemsize}
 
 
 def unbuilt(policy: AttentionPolicy) -> Iterator[Fault]:
@@ -156,5 +165,6 @@ MECHANISM = Mechanism(
     cases="attncompiler.mechanisms.attention.cases:CASES",
     relations=relations,
     unbuilt=unbuilt,
+    sized=sized,
     places=PLACES,
 )

@@ -22,6 +22,8 @@ from attncompiler.runtime.inputs import (
     check_shapes,
     kernel_names,
     no_site,
+    number,
+    whole,
 )
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
 
@@ -152,13 +154,12 @@ def attention(
     aligned with the last key. `segment_ids` (B, T), equal ids being one contiguous run, keep packed documents apart;
     `kv_segment_ids` (B, S) are needed with them when T ≠ S. `attention_mask` (B, S) is non-zero for real tokens;
     query t reads mask[S − T + t]; rows of padding give 0. `q_positions` (B, T) and `kv_positions` (B, S) replace the
-    positions the pattern is read at. `kernel` is "auto", a name, or the list of the only kernels allowed.
+    positions the pattern is read at. `layer` numbers the layer for a pattern that differs from layer to layer, which is
+    `random` alone. `kernel` is "auto", a name, or the list of the only kernels allowed.
 
     Raises InputError (E401 shapes, E402 dtypes, E403 arguments, E404 devices) and KernelError (E501) when no allowed
     kernel offers what is asked.
     """
-    if softcap is not None and not softcap > 0:
-        raise fail(InputError, "E403", f"softcap must be above 0, not {softcap}", remedy="pass None for no cap")
     if dropout_seed is not None and not dropout:
         raise fail(InputError, "E403", "dropout_seed needs dropout")
     tensors = check(
@@ -178,13 +179,19 @@ def attention(
         kernel=kernel_names("attention", kernel),
         deterministic=bool(deterministic),
         pattern=as_pattern(pattern),
-        scale=None if scale is None else float(scale),
-        softcap=None if softcap is None else float(softcap),
-        dropout=float(dropout),
-        layer=layer,
+        scale=None if scale is None else number("scale", scale),
+        softcap=None if softcap is None else number("softcap", softcap, above=0),
+        dropout=_share(dropout),
+        layer=whole("layer", layer, 0),
     )
     results = OPERATOR(tensors, options_text(options), no_site())
     return (results["out"], results["lse"]) if return_lse else results["out"]
+
+
+def _share(dropout: float) -> float:
+    if not 0 <= number("dropout", dropout) < 1:
+        raise fail(InputError, "E403", f"dropout must be at least 0 and below 1, not {dropout}")
+    return float(dropout)
 
 
 def check(

@@ -9,10 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from attncompiler.mechanisms.base import StrictModel
+from attncompiler.mechanisms.base import Length, StrictModel
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**40)]
 
 
 class Full(StrictModel):
@@ -39,7 +38,7 @@ class SlidingWindow(StrictModel):
     """Causal: j ≤ i and (i − j < window or j < global_tokens). Not causal: |i − j| < window, or j or i global."""
 
     kind: Literal["sliding_window"] = "sliding_window"
-    window: Positive
+    window: Length
     global_tokens: Count = 0
     causal: bool = True
 
@@ -48,9 +47,9 @@ class Strided(StrictModel):
     """Over blocks I, J: the last `window` blocks, and every `stride`-th before them."""
 
     kind: Literal["strided"] = "strided"
-    stride: Positive
-    window: Positive
-    block_size: Positive = 1
+    stride: Length
+    window: Length
+    block_size: Length = 1
     causal: bool = True
 
 
@@ -58,8 +57,8 @@ class LocalGlobal(StrictModel):
     """Over blocks I, J: the last `local_blocks` blocks, own block included, and the first `global_blocks`."""
 
     kind: Literal["local_global"] = "local_global"
-    block_size: Positive
-    local_blocks: Positive
+    block_size: Length
+    local_blocks: Length
     global_blocks: Count = 0
     causal: bool = True
 
@@ -68,9 +67,9 @@ class Random(StrictModel):
     """BigBird (Zaheer et al. 2020): local and global blocks, and `random_blocks` more drawn by a documented hash."""
 
     kind: Literal["random"] = "random"
-    block_size: Positive
-    random_blocks: Positive
-    local_blocks: Positive = 1
+    block_size: Length
+    random_blocks: Length
+    local_blocks: Length = 1
     global_blocks: Count = 0
     seed: Count = 0
     causal: bool = True
@@ -80,7 +79,7 @@ class Chunked(StrictModel):
     """j ≤ i inside chunks of `chunk` tokens."""
 
     kind: Literal["chunked"] = "chunked"
-    chunk: Positive
+    chunk: Length
 
     @property
     def causal(self) -> bool:

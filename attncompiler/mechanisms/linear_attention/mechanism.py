@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field
-
 from attncompiler.mechanisms.base import (
     ANY,
+    Factor,
     Fault,
     Kernel,
+    Length,
     Mechanism,
     Needs,
     OneOf,
     Policy,
     RopeParameters,
+    Size,
     Value,
     rope_faults,
     rotary_width_faults,
@@ -29,19 +30,19 @@ class LinearAttentionPolicy(Policy):
     """A linear attention mixer; field names are HF's where HF has one."""
 
     kind: Literal["linear_attention"]
-    num_attention_heads: int = Field(ge=1)
-    head_dim: int | None = Field(default=None, ge=1)
-    v_head_dim: int | None = Field(default=None, ge=1)
+    num_attention_heads: Size
+    head_dim: Size | None = None
+    v_head_dim: Size | None = None
     attention_bias: Literal["none", "qkv", "all"] = "none"
     rope_parameters: RopeParameters | None = None
     feature_map: FeatureMap = "elu"
     normalize: bool = True
     causal: bool = True
-    eps: float = Field(default=1e-6, gt=0)
-    scale: float = Field(default=1.0, gt=0)
-    num_features: int | None = Field(default=None, ge=1)
+    eps: Factor = 1e-6
+    scale: Factor = 1.0
+    num_features: Size | None = None
     orthogonal: bool | None = None
-    redraw_interval: int | None = Field(default=None, ge=1)
+    redraw_interval: Length | None = None
     decay: Literal["none", "retention", "scalar"] = "none"
 
     def key_width(self, hidden_size: int) -> int:

@@ -20,6 +20,7 @@ from attncompiler.runtime.inputs import (
     check_shapes,
     kernel_names,
     no_site,
+    number,
 )
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
 
@@ -140,8 +141,8 @@ def linear_attention(
         feature_map=_feature_map(feature_map, normalize),
         causal=bool(causal),
         normalize=bool(normalize),
-        eps=float(eps),
-        scale=float(scale),
+        eps=number("eps", eps, above=0),
+        scale=number("scale", scale),
     )
     tensors = check(q, k, v, initial_state, segment_ids, attention_mask, projection, log_decay)
     results = OPERATOR(tensors, options_text(options), no_site())
@@ -175,7 +176,11 @@ def check(
 ) -> dict[str, Tensor | None]:
     """The operator's inputs by name, after one check of shapes, dtypes and devices at the door."""
     q, k, v = autocast(q, k, v)
-    if initial_state is not None and (len(initial_state) != 3 or any(part is None for part in initial_state)):
+    if initial_state is not None and not (
+        isinstance(initial_state, (tuple, list))
+        and len(initial_state) == 3
+        and all(isinstance(part, Tensor) for part in initial_state)
+    ):
         raise fail(InputError, "E403", "initial_state must be the three tensors (S, z, m)")
     s, z, m = (None, None, None) if initial_state is None else initial_state
     tensors: dict[str, Tensor | None] = {

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field
-
-from attncompiler.mechanisms.base import ANY, Fault, Kernel, Mechanism, Needs, Policy, Value
+from attncompiler.mechanisms.base import ANY, Fault, Kernel, Mechanism, Needs, Policy, Size, Value
 
 
 class LinformerPolicy(Policy):
     """A Linformer mixer; field names are HF's where HF has one."""
 
     kind: Literal["linformer"]
-    num_attention_heads: int = Field(ge=1)
-    head_dim: int | None = Field(default=None, ge=1)
+    num_attention_heads: Size
+    head_dim: Size | None = None
     attention_bias: Literal["none", "qkv", "all"] = "none"
-    projected_length: int = Field(ge=1)
+    projected_length: Size
     share: Literal["none", "heads", "kv"] = "heads"
     causal: bool = False
 
@@ -92,4 +90,5 @@ MECHANISM = Mechanism(
     reference="attncompiler.mechanisms.linformer.reference:linformer",
     cases="attncompiler.mechanisms.linformer.cases:CASES",
     relations=relations,
+    bounded=True,
 )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from attncompiler.mechanisms.base import ANY, Fault, Kernel, Mechanism, Needs, Policy, Value
+from attncompiler.mechanisms.base import ANY, Factor, Fault, Kernel, Mechanism, Needs, Policy, Size, Value
 
 
 class MambaPolicy(Policy):
@@ -20,18 +20,18 @@ class MambaPolicy(Policy):
     """
 
     kind: Literal["mamba"]
-    state_size: int = Field(default=16, ge=1)
-    conv_kernel: int = Field(default=4, ge=1)
-    expand: int = Field(default=2, ge=1)
-    time_step_rank: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    state_size: Size = 16
+    conv_kernel: Size = 4
+    expand: int = Field(default=2, ge=1, lt=2**10)
+    time_step_rank: Literal["auto"] | Size = "auto"
     use_conv_bias: bool = True
     use_bias: bool = False
     hidden_act: Literal["silu"] = "silu"
     dt_bc_norm: bool = False
-    time_step_min: float = Field(default=0.001, gt=0)
-    time_step_max: float = Field(default=0.1, gt=0)
-    time_step_floor: float = Field(default=1e-4, gt=0)
-    time_step_scale: float = Field(default=1.0, gt=0)
+    time_step_min: Factor = 0.001
+    time_step_max: Factor = 0.1
+    time_step_floor: Factor = 1e-4
+    time_step_scale: Factor = 1.0
     time_step_init_scheme: Literal["random", "constant"] = "random"
     rescale_prenorm_residual: bool = True
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from attncompiler.mechanisms.base import ANY, Fault, Kernel, Mechanism, Needs, Policy, Value
+from attncompiler.mechanisms.base import ANY, Factor, Fault, Kernel, Mechanism, Needs, Policy, Size, Value
 
 Limit = Annotated[float, Field(allow_inf_nan=True)]
 Limits = Annotated[tuple[Limit, Limit], Field(strict=False)]
@@ -24,21 +24,21 @@ class Mamba2Policy(Policy):
     """
 
     kind: Literal["mamba2"]
-    num_heads: int | None = Field(default=None, ge=1)
-    head_dim: int = Field(default=64, ge=1)
-    state_size: int = Field(default=128, ge=1)
-    expand: int = Field(default=2, ge=1)
-    n_groups: int = Field(default=1, ge=1)
-    conv_kernel: int = Field(default=4, ge=1)
-    chunk_size: int = Field(default=256, ge=1)
+    num_heads: Size | None = None
+    head_dim: Size = 64
+    state_size: Size = 128
+    expand: int = Field(default=2, ge=1, lt=2**10)
+    n_groups: Size = 1
+    conv_kernel: Size = 4
+    chunk_size: Size = 256
     use_conv_bias: bool = True
     use_bias: bool = False
     hidden_act: Literal["silu"] = "silu"
     rms_norm: bool = True
     norm_before_gate: bool = False
-    time_step_min: float = Field(default=0.001, gt=0)
-    time_step_max: float = Field(default=0.1, gt=0)
-    time_step_floor: float = Field(default=1e-4, gt=0)
+    time_step_min: Factor = 0.001
+    time_step_max: Factor = 0.1
+    time_step_floor: Factor = 1e-4
     time_step_limit: Limits | None = None
     rescale_prenorm_residual: bool = True
 

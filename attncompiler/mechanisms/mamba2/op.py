@@ -21,6 +21,7 @@ from attncompiler.runtime.inputs import (
     check_shapes,
     kernel_names,
     no_site,
+    whole,
 )
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
 
@@ -113,18 +114,16 @@ def ssd(
     Raises InputError (E401 shapes, E402 dtypes, E403 arguments, E404 devices) and KernelError (E501) when no allowed
     kernel offers what is asked.
     """
-    if len(dt_limit) != 2:
+    if not isinstance(dt_limit, (tuple, list)) or [type(limit) in (int, float) for limit in dt_limit] != [True, True]:
         raise fail(InputError, "E403", f"dt_limit must be a low and a high limit, not {dt_limit!r}")
-    low, high = (float(limit) for limit in dt_limit)
+    low, high = map(float, dt_limit)
     if not low < high:
         raise fail(InputError, "E403", f"dt_limit must be a range that rises, not ({low:g}, {high:g})")
-    if int(chunk_size) < 1:
-        raise fail(InputError, "E403", f"chunk_size must be at least 1, not {chunk_size}")
     options = Mamba2Options(
         kernel=kernel_names("mamba2", kernel),
         dt_softplus=bool(dt_softplus),
         dt_limit=(low, high),
-        chunk_size=int(chunk_size),
+        chunk_size=whole("chunk_size", chunk_size, 1),
     )
     tensors = check(x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids, attention_mask)
     results = OPERATOR(tensors, options_text(options), no_site())
