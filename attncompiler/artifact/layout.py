@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def holds_weights(name: str) -> bool:
 def is_ours(name: str) -> bool:
     """Whether a file of that name is one that `write` makes; any other in the folder is its user's."""
     return name in NAMES or holds_weights(name)
+
+
+def resolved(path: Path) -> Path:
+    """The absolute path without links. Raises OSError, also for what is no path at all."""
+    try:
+        return path.resolve()
+    except ValueError as error:  # a NUL byte
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
 
 
 def is_artifact(path: Path) -> bool:

@@ -52,7 +52,7 @@ def read(path: Path) -> Artifact:
     when its spec is not valid.
     """
     try:
-        path = standing(path.resolve())
+        path = standing(layout.resolved(path))
         manifest = read_manifest(path)
         verify_files(path, manifest)
         spec = specs.parse(read_text(path / layout.SPEC), filename=str(path / layout.SPEC))

@@ -33,7 +33,7 @@ def write(model: CompiledModel, path: Path, *, force: bool = False) -> Path:
             InputError, "E403", f"only a model that `build` or `load` gave can be saved, not {type(model).__name__}"
         )
     try:
-        path = path.resolve()
+        path = layout.resolved(path)
         recover(path)
         found = weights.origin(model, model.spec.seed)
         if not force and found != "trained":

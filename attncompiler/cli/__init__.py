@@ -5,6 +5,8 @@ What a verb needs beside the terminal is imported when it runs, so that `--help`
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -48,6 +50,9 @@ app.command("info", cls=Verb)(info.info)
 
 def main() -> None:
     """The entry point. Exit codes: 0 fine, 1 the spec or the result is bad, 2 usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter shows its code
     app()
 
 

@@ -59,7 +59,7 @@ def build(
     if format == "json":
         output.as_json(summary)
     else:
-        _print(summary, unasked=device is None and target is None)
+        _print(summary, device, unasked=device is None and target is None)
 
 
 def _torch_dtype(dtype: DType | None) -> Any:
@@ -85,7 +85,7 @@ def _summary(model: CompiledModel, path: Path) -> dict[str, Any]:
     }
 
 
-def _print(summary: dict[str, Any], *, unasked: bool) -> None:
+def _print(summary: dict[str, Any], device: str | None, *, unasked: bool) -> None:
     from attncompiler import targets
     from attncompiler.cli import layers
 
@@ -98,9 +98,13 @@ def _print(summary: dict[str, Any], *, unasked: bool) -> None:
     others = [name for name in summary["listed"] if name != summary["target"]]
     output.line(f"planned for {', '.join(summary['listed'])}; emitted for {summary['target']} ({summary['title']})")
     known = set(targets.names())
-    if unasked and any(name in known and targets.get(name).device_type != summary["device_type"] for name in others):
+    if (
+        unasked
+        and summary["device"] != "meta"
+        and any(name in known and targets.get(name).device_type != summary["device_type"] for name in others)
+    ):
         output.line(f"no other device is at hand: this model was emitted for the {summary['device_type']}")
-    if summary["device"] == "meta" and unasked:
+    if summary["device"] == "meta" and device != "meta":
         output.line("this machine cannot serve it: plans and spec were written, without weights, to be loaded there")
     output.line(f"written to {summary['path']}; load it with")
     output.line()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 from collections.abc import Iterable
@@ -36,11 +37,13 @@ def report(diagnostics: Iterable[Diagnostic], form: str | None) -> None:
     diagnostics = list(diagnostics)
     for each in diagnostics:
         print(output.one_line(str(each)), file=sys.stderr)
-    if form == "json":
-        output.as_json({"ok": False, "diagnostics": [as_data(each) for each in diagnostics]})
-    elif form == "github":
-        for each in diagnostics:
-            print(annotation(each))
+    with contextlib.suppress(OSError):  # stdout may be what failed, which stderr has said
+        if form == "json":
+            output.as_json({"ok": False, "diagnostics": [as_data(each) for each in diagnostics]})
+        elif form == "github":
+            for each in diagnostics:
+                print(annotation(each))
+        sys.stdout.flush()
 
 
 def as_data(diagnostic: Diagnostic) -> dict[str, Any]:

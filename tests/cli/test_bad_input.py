@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from cli_runner import SPEC, fresh, run
 import attncompiler
 from attncompiler.cli.failures import annotation
 from attncompiler.cli.output import one_line
-from attncompiler.errors import Diagnostic, Location
+from attncompiler.errors import AttnCompilerError, Diagnostic, Location
 
 BAD = {
     "not YAML": ("a: [", "E002"),
@@ -172,3 +174,36 @@ def test_the_entry_point_prints_no_traceback(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert "E002" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_full_disk_on_stdout_is_said_on_stderr(here: Path, form: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "attncompiler.cli", "explain", "spec.yaml", "--format", form],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (ended.returncode, ended.stderr) == (1, "E603 No space left on device\n")
+
+
+def test_a_terminal_without_the_letters_is_shown_their_codes(here: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "attncompiler.cli", "explain", "spec.yaml"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "1 \\xd7 2048 tokens" in ended.stdout
+
+
+def test_a_path_that_is_none_is_a_coded_error(here: Path) -> None:
+    with pytest.raises(AttnCompilerError, match="E301"):
+        attncompiler.load("a\0b")
+    with pytest.raises(AttnCompilerError, match="E601"):
+        attncompiler.save(attncompiler.load("build/small"), "a\0b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +173,9 @@ def test_memory_kept_for_the_backward_is_linear_in_the_length() -> None:
         ({"initial_state": (torch.zeros(1, 2, 5, 3), torch.zeros(1, 2, 4), torch.zeros(1, 2))}, "E401"),
         ({"initial_state": tuple(torch.zeros(s).double() for s in ((1, 2, 5, 3), (1, 2, 5), (1, 2)))}, "E402"),
         ({"segment_ids": torch.zeros(1, 5, dtype=torch.int64)}, "E401"),
+        ({"initial_state": 3}, "E403"),
+        ({"eps": 0.0}, "E403"),
+        ({"scale": math.inf}, "E403"),
         ({"feature_map": "identity"}, "E403"),
         ({"feature_map": "softmax"}, "E403"),
         ({"kernel": "fastest"}, "E403"),

@@ -175,7 +175,10 @@ def test_one_strong_decay_does_not_blur_the_weak_ones_behind_it() -> None:
         ({"z": torch.zeros(1, 4, 4, 3, dtype=torch.bfloat16)}, "E402"),
         ({"dt_bias": torch.zeros(4, dtype=torch.float64)}, "E402"),
         ({"dt_limit": (1.0, 0.5)}, "E403"),
+        ({"dt_limit": 3}, "E403"),
+        ({"dt_limit": (0.0, math.nan)}, "E403"),
         ({"chunk_size": 0}, "E403"),
+        ({"chunk_size": 2.7}, "E403"),
         ({"kernel": "fastest"}, "E403"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -144,6 +145,11 @@ def test_what_is_empty_is_refused(call: tuple[Callable[..., Any], dict[str, Tens
     ("arguments", "message"),
     [
         ({"softcap": 0.0}, "E403 softcap must be above 0"),
+        ({"scale": math.nan}, "E403 scale must be a finite number"),
+        ({"scale": "a"}, "E403 scale must be a finite number"),
+        ({"layer": 1.5}, "E403 layer must be a whole number"),
+        ({"layer": -1}, "E403 layer must be a whole number"),
+        ({"dropout": 1.0}, "E403 dropout must be at least 0 and below 1"),
         ({"dropout_seed": torch.tensor(1)}, "E403 dropout_seed needs dropout"),
         ({"kernel": None}, "E403 kernel must be"),
         ({"segment_ids": torch.zeros(B, T)}, "E402 segment_ids must be whole numbers"),

@@ -9,7 +9,7 @@ import pytest
 from small_specs import NAMES, example, small
 
 from attncompiler import pipeline, targets
-from attncompiler.errors import SpecError, UsageError
+from attncompiler.errors import PlanError, SpecError, UsageError
 from attncompiler.planning import plan
 from attncompiler.planning.cost import model_cost
 from attncompiler.planning.explanation import explain
@@ -118,3 +118,45 @@ def test_shared_layers_are_stored_once_and_run_each_time() -> None:
     assert costs[0].forward_flops == costs[1].forward_flops
     assert costs[1].parameters == costs[2].parameters
     assert costs[1].memory.activations == costs[0].memory.activations
+
+
+def test_a_kernel_that_refuses_at_that_length_alone_is_refused_and_not_costed() -> None:
+    """sdpa's dense mask of 8192 × 8192 in fp32 is above its limit of 64 MiB, that of 2048 × 2048 is not."""
+    window = "{{kind: attention, num_attention_heads: 4, kernel: {}, pattern: {{kind: sliding_window, window: 64}}}}"
+    spec = small(window.format("[sdpa, eager]"))
+    short, long = (pipeline.explain(spec, target="cpu", seq_len=length)["cpu"] for length in (2048, 8192))
+    assert short["layers"][0]["chain"] == ["sdpa", "eager"]
+    assert long["layers"][0]["chain"] == ["eager"]
+    [refused] = long["layers"][0]["refusals"]
+    assert refused["kernel"] == "sdpa"
+    assert refused["reasons"][0]["reason"].startswith(f"sdpa does not offer mask_bytes = {8192 * 8192 * 4} ")
+    alone = pipeline.explain(small(window.format("eager")), target="cpu", seq_len=8192)["cpu"]
+    assert long["fit"] == alone["fit"]
+    with pytest.raises(PlanError, match=r"E202.*mask_bytes"):
+        pipeline.explain(small(window.format("sdpa")), target="cpu", seq_len=8192)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_by_default_it_speaks_of_a_length_that_the_model_takes(name: str) -> None:
+    spec = example(name)
+    for data in pipeline.explain(spec).values():
+        assert data["seq_len"] == min(2048, spec.model.max_position_embeddings)
+
+
+def test_more_tokens_than_the_model_can_take_are_an_error() -> None:
+    with pytest.raises(
+        UsageError, match=r"E602 the model takes at most 512 tokens, not 513: policy '.*' projects no more"
+    ):
+        pipeline.explain(example("encoder_tiny"), seq_len=513)
+    attention = "{kind: attention, num_attention_heads: 4}"
+    learned = small(attention, max_position_embeddings="64", embedding="{positions: learned}")
+    with pytest.raises(UsageError, match="at most 64 tokens, not 65: its learned positions are no more"):
+        pipeline.explain(learned, seq_len=65)
+    pipeline.explain(small(attention, max_position_embeddings="64"), seq_len=65)
+
+
+def test_a_model_that_cannot_decode_has_no_decode_state() -> None:
+    data = explained("encoder_tiny", "cpu", seq_len=128)
+    assert data["model"]["state_bytes"] == 0
+    assert {layer["state_bytes"] for layer in data["layers"]} == {0}
+    assert explained("llama_tiny", "cpu")["model"]["state_bytes"] > 0

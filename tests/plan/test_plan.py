@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_specs import NAMES, ROOT, example, small
 
-from attncompiler import targets
+from attncompiler import pipeline, targets
 from attncompiler.errors import ArtifactError, Diagnostic, PlanError
 from attncompiler.mechanisms.base import discover
 from attncompiler.planning import Plan, plan
+from attncompiler.spec import dump, parse
 from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.detect import Environment, detect_environment, detect_target
 
@@ -272,3 +273,16 @@ def test_a_damaged_plan_is_a_named_error() -> None:
         with pytest.raises(ArtifactError) as error:
             Plan.from_json(broken)
         assert error.value.diagnostics[0].code == code
+
+
+def test_the_refusals_of_every_listed_target_are_said_at_once() -> None:
+    spec = parse(dump(small(ATTENTION.format(", kernel: sdpa"))), overrides=["targets=[h200, cpu, mi300x]"])
+    with pytest.raises(PlanError) as error:
+        pipeline.plan(spec)
+    assert codes(error) == ["E202", "E202"]
+    assert "on h200: " in str(error.value)
+    assert "on mi300x: " in str(error.value)
+    unbuilt = parse(dump(spec), overrides=["policies.p0={kind: attention, num_attention_heads: 4, sinks: true}"])
+    with pytest.raises(PlanError) as error:
+        pipeline.plan(unbuilt)
+    assert codes(error) == ["E203"], "what holds on all targets is said once"

@@ -9,6 +9,7 @@ from importlib import resources
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from attncompiler import targets
 from attncompiler.errors import SpecError
@@ -54,6 +55,15 @@ def test_memory_is_that_of_the_product() -> None:
 def test_an_unknown_target_is_an_error_that_helps(asked: str, hint: str) -> None:
     with pytest.raises(SpecError, match=rf"E107 unknown target '{asked}'.*{hint}"):
         targets.get(asked)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("field", ["bandwidth", "vector_flops", "interconnect", "matrix_flops"])
+def test_a_rate_is_a_positive_number(field: str, rate: float) -> None:
+    """Times are work over rates."""
+    value = {"float32": rate} if field == "matrix_flops" else rate
+    with pytest.raises(ValidationError):
+        Target.model_validate({**targets.get("cpu").model_dump(), field: value})
 
 
 def test_the_machine_at_hand() -> None:

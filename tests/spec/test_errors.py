@@ -71,6 +71,13 @@ TABLE: list[tuple[str, str, list[str]]] = [
         "did you mean 'float64'?",
     ]),
     ("vocab_size: 256", "vocab_size: 256\n  norm: {eps: .inf}", ["f:4:15: E014 model.norm.eps must be finite"]),
+    ("name: base", "spec_version: true\nname: base", [
+        "f:1:15: E011 spec_version must be a whole number, not true",
+    ]),
+    ("num_attention_heads: 4", "num_attention_heads: 4\n    head_dim: 100000000000000000000", [
+        "f:10:15: E014 policies.full.head_dim must be less than 1,048,576, not 100000000000000000000",
+    ]),
+    ("targets: [cpu]", "targets: []", ["f:13:10: E014 the spec lists no target; leave targets out for cpu"]),
     ("name: base", "spec_version: 2\nname: base", ["f:1:15: E014 spec_version must be at most 1, not 2"]),
     ("policies:\n  full:", "policies:\n  a.b: {kind: attention, num_attention_heads: 4}\n  full:", [
         "f:7:3: E014 the policy name 'a.b' may hold only letters, digits, dashes and underscores",
@@ -200,4 +207,35 @@ def test_each_wrong_layer_and_policy_is_told() -> None:
 def test_a_kind_that_every_mechanism_lacks_lists_the_kinds() -> None:
     assert errors(changed(("kind: attention", "kind: zzz"))) == [
         f"f:8:11: E013 unknown kind 'zzz'; the kinds are {KINDS}"
+    ]
+
+
+def test_a_fault_that_an_override_brings_is_placed_at_the_override() -> None:
+    """The value it stands on in the file is right."""
+    assert errors(BASE, "seed=1", "model.hidden_size=66") == [
+        "--set model.hidden_size=66: E101 hidden_size 66 is not divisible by num_attention_heads 4; "
+        "give head_dim, or change one of the two"
+    ]
+    assert errors(BASE, "layers[0].repeat=10001", "targets=[]") == [
+        "--set layers[0].repeat=10001: E004 the layers are 10,001; at most 10,000 are taken",
+        "--set targets=[]: E014 the spec lists no target; leave targets out for cpu",
+    ]
+    # an override that is the place already stays it
+    assert errors(
+        BASE, "layers[0].repeat=5001", "layers=[{policy: full, repeat: 5000}, {policy: full, repeat: 5001}]"
+    ) == [
+        "--set layers=[{policy: full, repeat: 5000}, {policy: full, repeat: 5001}]: "
+        "E004 the layers are 10,001; at most 10,000 are taken"
+    ]
+    # what is wrong without them keeps its place
+    assert errors(changed(("targets: [cpu]", "targets: [cpus]")), "seed=1")[0].startswith("f:13:11: E107 ")
+
+
+def test_a_spec_must_fit_an_artifact_with_its_defaults_written_out() -> None:
+    """Else it could be saved, trained, and not be loaded."""
+    many = "\n".join(f"  p{i}: {{kind: mamba2}}" for i in range(800))
+    text = BASE.replace("policies:\n", f"policies:\n{many}\n")
+    assert len(text) < 2**15
+    assert errors(text) == [
+        "f: E004 the spec is larger than 256 KiB with its defaults written out, as artifacts hold it"
     ]

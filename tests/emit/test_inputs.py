@@ -1,0 +1,68 @@
+"""What a model takes beside tokens: token types, and no more positions than it has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import MIXERS, model, tokens
+
+from attncompiler.emit import CompiledModel
+from attncompiler.errors import InputError
+
+X = tokens(2, 9)
+LIMIT = 64
+"""max_position_embeddings of the tiny specs"""
+
+
+def made(embedding: str) -> CompiledModel:
+    return model(MIXERS["attention"], form=f"embedding: {embedding}")
+
+
+def code(error: pytest.ExceptionInfo[InputError]) -> str:
+    return error.value.diagnostics[0].code
+
+
+def test_token_types_are_added_and_are_0_where_none_are_given() -> None:
+    built = made("{token_types: 3}")
+    types = torch.arange(18).reshape(2, 9) % 3
+    with torch.no_grad():
+        plain, zeros, mixed = built(X), built(X, token_type_ids=types * 0), built(X, token_type_ids=types)
+    torch.testing.assert_close(plain, zeros, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(plain, mixed, atol=1e-4)
+    loss = built.loss(X, X, token_type_ids=types)
+    [grad] = torch.autograd.grad(loss, [built.embed_token_types.weight])
+    assert grad.abs().amin(0).all(), "each type has had a part"
+    torch.testing.assert_close(built.loss(X, X), built.loss(X, X, token_type_ids=types * 0))
+
+
+@pytest.mark.parametrize(("types", "expected"), [(torch.zeros(2, 8).long(), "E401"), (torch.zeros(2, 9), "E402")])
+def test_token_types_that_do_not_fit_are_refused(types: torch.Tensor, expected: str) -> None:
+    with pytest.raises(InputError) as error:
+        made("{token_types: 3}")(X, token_type_ids=types)
+    assert code(error) == expected
+
+
+def test_more_tokens_than_learned_positions_are_refused_everywhere() -> None:
+    built, fits, long = made("{positions: learned}"), tokens(2, LIMIT), tokens(2, LIMIT + 1)
+    assert built(fits).shape[:2] == (2, LIMIT)
+    calls = (
+        lambda: built(long),
+        lambda: built.loss(long, long),
+        lambda: built(fits, position_ids=torch.arange(1, LIMIT + 1)[None]),
+        lambda: built(fits, position_ids=torch.full((2, LIMIT), -1)),
+        lambda: built.init_state(1, LIMIT + 1),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=f"{LIMIT} learned positions") as error:
+            call()
+        assert code(error) == "E401"
+    # packed documents count their own positions
+    segments = (torch.arange(LIMIT + 1) > 9).long().expand(2, -1)
+    assert built(long, segment_ids=segments).shape[:2] == (2, LIMIT + 1)
+
+
+@pytest.mark.parametrize("size", [(0, 4), (1, 0), (-1, 4)])
+def test_a_state_for_nothing_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match="at least 1") as error:
+        made("{positions: none}").init_state(*size)
+    assert code(error) == "E403"
