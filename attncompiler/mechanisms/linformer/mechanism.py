@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -29,6 +30,10 @@ class LinformerPolicy(Policy):
         return (self.num_attention_heads, *shape) if self.share == "none" else shape
 
 
+MOST_NUMBERS = 2**50
+"""in one projection; torch counts the bytes of a tensor in 63 bits"""
+
+
 def features(policy: LinformerPolicy, model: Any) -> Mapping[str, Value]:
     """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
     return {}
@@ -44,6 +49,10 @@ def relations(policy: LinformerPolicy, model: Any) -> Iterator[Fault]:
             f"projected_length {policy.projected_length} is above max_position_embeddings "
             f"{model.max_position_embeddings}, and would lengthen the sequence"
         )
+        yield Fault(("projected_length",), message)
+    count = math.prod(policy.projection_shape(model.max_position_embeddings))
+    if count >= MOST_NUMBERS:
+        message = f"a projection of {count:.1e} numbers (projected_length × max_position_embeddings) fits nowhere"
         yield Fault(("projected_length",), message)
     heads = policy.num_attention_heads
     if policy.head_dim is None and model.hidden_size % heads:
