@@ -23,6 +23,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and states of that dtype: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def no_autocast(device: str) -> AbstractContextManager[object]:
     """A block in which nothing is cast, so that fp32 accumulators stay fp32."""
     return torch.autocast(device, enabled=False) if device in DEVICES else nullcontext()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attncompiler.blocks.segments import run_numbers
+from attncompiler.blocks.tangents import refuse_tangents
 
 BLOCK_ELEMENTS = 2**18
 
@@ -42,6 +43,7 @@ class CausalConv1d(nn.Module):
         No tap crosses the start of a segment of `segment_ids` (B, T). `state` is the layer's decode state: its "conv"
         (B, E, W−1) holds the inputs of the last W−1 real tokens before the first; with it padding may lie anywhere.
         """
+        refuse_tangents("the causal convolution", (x, self.weight))
         mask = None if attention_mask is None else attention_mask != 0
         runs = None if segment_ids is None else run_numbers(segment_ids, mask)
         if state is not None:

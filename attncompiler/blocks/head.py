@@ -116,7 +116,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             message = "the fused loss has no second derivatives"
             raise fail(InputError, "E403", message, remedy="take the cross-entropy of the model's logits")
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        d_hidden, d_weight, d_bias, share = ctx.saved_tensors
+        # of the sum so far: divided by the number of labels only with a loss scale on it, which fp16 needs to hold it
+        grad = grad * share
         scaled = [
             None if d is None else (d * grad).to(dtype)
             for d, dtype in zip((d_hidden, d_weight, d_bias), ctx.dtypes, strict=True)
@@ -149,7 +151,7 @@ def _forward(
             continue
         grad = torch.exp(capped - normaliser)
         grad = grad.scatter_add(1, target, torch.full_like(grad[:, :1], -1.0))
-        grad = grad * (real[rows, None] * share)
+        grad = grad * real[rows, None]
         if softcap is not None:
             grad = grad * (1 - (capped / softcap) ** 2)
         low = grad.to(hidden.dtype)
@@ -160,5 +162,5 @@ def _forward(
         if d_bias is not None:
             d_bias += grad.sum(0)
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    ctx.save_for_backward(d_hidden, d_weight, d_bias)
+    ctx.save_for_backward(d_hidden, d_weight, d_bias, share)
     return total * share

@@ -25,7 +25,10 @@ class _RMSNorm(torch.autograd.Function):
         scale = _scale(wide, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.eps = eps
-        return (wide * scale).mul_(weight).to(x.dtype)
+        # the result must be new: a Function whose result an in-place operation or a cast to the same dtype gave back
+        # is compiled by torch 2.11 into one without gradients, and nothing is said
+        normed = wide * scale * weight
+        return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -89,7 +89,8 @@ class Positions(nn.Module):
                 raise no_position(self.limit, tokens.shape[1])
             return torch.arange(tokens.shape[1], device=tokens.device)[None]
         mask = None if attention_mask is None else attention_mask != 0
-        return segment_positions(mask, segment_ids, tokens.shape[1])
+        found = segment_positions(mask, segment_ids, tokens.shape[1])
+        return found if mask is None else found.masked_fill(~mask, 0)  # padding needs no position of its own
 
 
 class StepPositions(nn.Module):
@@ -119,11 +120,14 @@ class StepPositions(nn.Module):
             count: Tensor | int = T
         else:
             real = (attention_mask != 0).long()
-            ranks = (real.cumsum(1) - 1).clamp(min=0)
+            ranks = real.cumsum(1) - 1
             count = real.sum(1)
         position = state["position"]
+        position_ids = position[:, None] + ranks
         return {
-            "position_ids": position[:, None] + ranks,
+            "position_ids": position_ids
+            if attention_mask is None
+            else position_ids.masked_fill(attention_mask == 0, 0),
             "position": position + count,
             "seen": seen,
             "max_length": state["max_length"],

@@ -79,8 +79,12 @@ def check_dtypes(
         raised[name] = tensor.to(limit)
     for name in WHOLE:
         tensor = tensors.get(name)
-        if tensor is not None and tensor.is_floating_point():
+        if tensor is None:
+            continue
+        if tensor.is_floating_point() or tensor.is_complex():
             raise fail(InputError, "E402", f"{name} must be whole numbers, not {tensor.dtype}")
+        if name.endswith("positions"):
+            raised[name] = tensor.long()  # their differences have a sign
     return raised
 
 
@@ -98,6 +102,14 @@ def whole(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise fail(InputError, "E403", f"{name} must be a whole number of at least {least}, not {value!r}")
     return value
+
+
+def silenced(tensors: Mapping[str, Tensor], real: Tensor) -> dict[str, Tensor]:
+    """The tensors (B, T, …) with 0 where `real` (B, T) is False: 0 times what padding may hold, NaN, is not 0."""
+    return {
+        name: tensor.masked_fill(~real.view(*real.shape, *[1] * (tensor.dim() - 2)), 0)
+        for name, tensor in tensors.items()
+    }
 
 
 def boolean_mask(attention_mask: Tensor | None) -> Tensor | None:

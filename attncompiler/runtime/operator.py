@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from attncompiler.blocks.tangents import refuse_tangents
 from attncompiler.mechanisms.base import Request, StrictModel, Value
 from attncompiler.runtime import dispatch
 from attncompiler.runtime.implementation import Tensors
@@ -56,9 +57,11 @@ class Operator:
 
     def __call__(self, tensors: Mapping[str, Tensor | None], options: str, handle: Tensor) -> dict[str, Tensor]:
         """Run on the tensors that are present. `options` is `options_text(...)`; works under torch.compile."""
-        names = [name for name in self.inputs if tensors.get(name) is not None]
+        pairs = [(name, tensors.get(name)) for name in self.inputs]
+        given = {name: tensor for name, tensor in pairs if tensor is not None}
+        refuse_tangents(self.name, given.values())
         operator = getattr(getattr(torch.ops, NAMESPACE), self.name)
-        results = operator([tensors[name] for name in names], ",".join(names) + "|" + options, handle)
+        results = operator(list(given.values()), ",".join(given) + "|" + options, handle)
         return dict(zip(self.outputs, results, strict=True))
 
     def request(self, inputs: Tensors, options: OperatorOptions) -> Request:

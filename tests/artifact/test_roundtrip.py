@@ -56,6 +56,15 @@ def test_the_dtype_of_a_build_comes_back(dtype: torch.dtype, tmp_path: Path) -> 
     assert torch.equal(logits(model), logits(loaded))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["mamba_tiny", "mamba2_tiny"])
+def test_a_model_that_was_moved_to_a_dtype_comes_back_as_it_was(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also what the layers keep in fp32 or better by themselves, which `.to` moves too."""
+    model = train(attncompiler.build(ROOT / "specs" / f"{name}.yaml", device="cpu")).to(dtype)
+    loaded = attncompiler.load(attncompiler.save(model, tmp_path / "model"), device="cpu")
+    assert torch.equal(logits(model), logits(loaded))
+
+
 def test_weights_convert_to_the_dtype_asked_for(model: CompiledModel, saved: Path) -> None:
     loaded = attncompiler.load(saved, device="cpu", dtype=torch.bfloat16)
     for name, value in model.state_dict().items():

@@ -89,6 +89,19 @@ def test_the_fused_loss_makes_gradients_only_where_they_are_wanted_and_once() ->
         torch.autograd.grad(linear_cross_entropy(hidden, weight, None, labels), hidden, create_graph=True)
 
 
+def test_half_precision_gradients_of_many_labels_survive_with_a_loss_scale() -> None:
+    """Divided by the number of labels before the scale is on it, most of a softmax is below fp16's least number."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4096, 32, generator=generator) / 4, torch.randn(8000, 32, generator=generator) / 4
+    labels = torch.randint(8000, (4096,), generator=generator)
+    low = [t.half().requires_grad_() for t in (hidden, weight)]
+    exact = [t.detach().double().requires_grad_() for t in low]
+    found = torch.autograd.grad(linear_cross_entropy(*low, None, labels) * 2.0**16, low)
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels) * 2.0**16, exact)
+    for got, truth in zip(found, expected, strict=True):
+        assert (got - truth).norm() < 2e-3 * truth.norm()
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("partial", [1.0, 0.5])
 def test_rotary_turns_pairs_by_their_angle(interleaved: bool, partial: float) -> None:

@@ -68,6 +68,60 @@ def results(function: Callable[..., Any], tensors: dict[str, Tensor], **options:
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), list(tensors.values()))]
 
 
+def kernels() -> list[tuple[str, str]]:
+    return [(m.function.partition(":")[2], kernel.name) for m in discover().values() for kernel in m.kernels]
+
+
+@pytest.mark.parametrize("filling", [math.nan, math.inf, -1e30])
+@pytest.mark.parametrize(("name", "by"), kernels())
+def test_what_padding_holds_does_not_matter(name: str, by: str, filling: float) -> None:
+    """Not even what is no number, which 0 times anything does not silence: in no output and no gradient."""
+    function, given = getattr(ops, name), CALLS[name]()
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0, :3] = mask[1, 9:] = False
+    found = []
+    for held in (0.5, filling):
+        tensors = {
+            key: (t.detach().masked_fill(~mask.view(B, T, *[1] * (t.dim() - 2)), held) if t.shape[:2] == (B, T) else t)
+            for key, t in given.items()
+        }
+        leaves = {key: t.detach().requires_grad_() for key, t in tensors.items()}
+        found.append(results(function, leaves, attention_mask=mask, kernel=by))
+    for clean, filled in zip(*found, strict=True):
+        torch.testing.assert_close(clean, filled, rtol=0, atol=0)
+    assert not found[1][0][~mask].any()
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_forward_mode_is_refused_and_not_zero(name: str) -> None:
+    function, given = getattr(ops, name), {key: t.detach() for key, t in CALLS[name]().items()}
+    first = next(iter(given))
+    with pytest.raises(InputError, match=r"E403 .* no forward-mode derivative"):
+        torch.func.jvp(lambda t: function(**{**given, first: t}), (given[first],), (given[first],))
+
+
+def test_a_scale_that_is_not_positive_means_the_same_to_every_kernel() -> None:
+    """torch's own causal mask is scaled with the scores."""
+    given = attention_inputs()
+    for scale in (-0.5, 0.0):
+        exact = results(ops.attention, given, scale=scale, kernel="eager")
+        for kernel in ("sdpa", "chunkwise", "auto"):
+            for got, expected in zip(results(ops.attention, given, scale=scale, kernel=kernel), exact, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_numbers_whatever_their_dtype() -> None:
+    q = made(B, T, H, D)
+    positions = torch.arange(T).expand(B, T)
+    window = {"kind": "sliding_window", "window": 2, "causal": False}
+    given = {"pattern": window, "q_positions": positions, "kv_positions": positions}
+    exact = ops.attention(q, q, q, **given)
+    for dtype in (torch.uint8, torch.int32):
+        narrow = {**given, "q_positions": positions.to(dtype), "kv_positions": positions.to(dtype)}
+        for kernel in ("sdpa", "chunkwise", "eager"):
+            torch.testing.assert_close(ops.attention(q, q, q, kernel=kernel, **narrow), exact, rtol=1e-4, atol=1e-5)
+
+
 def test_every_mechanism_is_a_public_function() -> None:
     assert sorted(CALLS) == sorted(ops.__all__)
     assert len(ops.__all__) == len(discover())

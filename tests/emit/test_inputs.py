@@ -61,6 +61,22 @@ def test_more_tokens_than_learned_positions_are_refused_everywhere() -> None:
     assert built(long, segment_ids=segments).shape[:2] == (2, LIMIT + 1)
 
 
+def test_padding_needs_no_position() -> None:
+    """On either side, beyond the last learned position, in a forward and in a step."""
+    built, fits = made("{positions: learned}"), tokens(2, LIMIT)
+    with torch.no_grad():
+        alone = built(fits)
+        for before, after in ((5, 0), (0, 5), (2, 3)):
+            padded = torch.nn.functional.pad(fits, (before, after))
+            mask = torch.nn.functional.pad(torch.ones_like(fits), (before, after))
+            found = built(padded, attention_mask=mask)[:, before : before + LIMIT]
+            torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+        state = built.init_state(2, LIMIT)
+        _, state = built.step(fits[:, :-1], state)
+        last, _ = built.step(fits[:, -1:], state, attention_mask=torch.tensor([[1], [0]]))
+        torch.testing.assert_close(last[0], alone[0, -1:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(0, 4), (1, 0), (-1, 4)])
 def test_a_state_for_nothing_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="at least 1") as error:

@@ -13,6 +13,7 @@ from attncompiler.blocks.autocast import autocast
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.attention.cost import operator_flops
 from attncompiler.mechanisms.attention.pattern import Causal, Pattern
+from attncompiler.mechanisms.attention.visibility import query_mask
 from attncompiler.mechanisms.base import Value
 from attncompiler.runtime.implementation import Tensors
 from attncompiler.runtime.inputs import (
@@ -23,6 +24,7 @@ from attncompiler.runtime.inputs import (
     kernel_names,
     no_site,
     number,
+    silenced,
     whole,
 )
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
@@ -73,7 +75,8 @@ def _features(inputs: Tensors, options: AttentionOptions) -> Mapping[str, Value]
     }
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
     dense = any(masks.values()) or options.pattern.kind not in ("full", "causal")
-    dense = dense or (options.pattern.kind == "causal" and T not in (1, S))
+    flagged = T == S and (options.scale is None or options.scale > 0)
+    dense = dense or (options.pattern.kind == "causal" and T != 1 and not flagged)
     batch = B if any(masks.values()) else 1
     return {
         "pattern": options.pattern.kind,
@@ -238,7 +241,7 @@ def check(
         },
     )
     check_device(tensors)
-    check_dtypes(tensors, OPERATOR.low_precision)
+    tensors = check_dtypes(tensors, OPERATOR.low_precision)
     if sizes["H"] % sizes["K"]:
         raise fail(InputError, "E401", f"{sizes['H']} query heads are not a multiple of {sizes['K']} key heads")
     if (q_positions is None) != (kv_positions is None):
@@ -247,4 +250,7 @@ def check(
         raise fail(InputError, "E403", "kv_segment_ids needs segment_ids")
     if segment_ids is not None and kv_segment_ids is None and sizes["T"] != sizes["S"]:
         raise fail(InputError, "E403", "segment_ids with T ≠ S needs kv_segment_ids")
+    mask = tensors["attention_mask"]
+    if mask is not None:
+        tensors |= silenced({"q": q}, query_mask(mask, sizes["T"], sizes["S"])) | silenced({"k": k, "v": v}, mask)
     return tensors

@@ -21,6 +21,7 @@ from attncompiler.runtime.inputs import (
     kernel_names,
     no_site,
     number,
+    silenced,
 )
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
 
@@ -212,4 +213,6 @@ def check(
         },
     )
     check_device(tensors)
-    return check_dtypes(tensors, OPERATOR.low_precision, ("initial_s", "initial_z", "initial_m"))
+    tensors = check_dtypes(tensors, OPERATOR.low_precision, ("initial_s", "initial_z", "initial_m"))
+    mask = tensors["attention_mask"]
+    return tensors if mask is None else {**tensors, **silenced({"q": q, "k": k, "v": v}, mask)}

@@ -11,6 +11,7 @@ from attncompiler.blocks.autocast import autocast
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import Value
 from attncompiler.mechanisms.linformer.cost import operator_flops
+from attncompiler.mechanisms.linformer.padding import query_mask
 from attncompiler.runtime.implementation import Tensors
 from attncompiler.runtime.inputs import (
     boolean_mask,
@@ -19,6 +20,7 @@ from attncompiler.runtime.inputs import (
     check_shapes,
     kernel_names,
     no_site,
+    silenced,
 )
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
 
@@ -119,4 +121,7 @@ def check(
         )
     if attention_mask is not None and sizes["T"] > sizes["S"]:
         raise fail(InputError, "E401", f"attention_mask covers {sizes['S']} keys, and there are {sizes['T']} queries")
-    return tensors
+    mask = tensors["attention_mask"]
+    if mask is None:
+        return tensors
+    return {**tensors, **silenced({"q": q}, query_mask(mask, sizes["T"])), **silenced({"k": k, "v": v}, mask)}

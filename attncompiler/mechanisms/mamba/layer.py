@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from attncompiler.blocks.autocast import wide
 from attncompiler.blocks.convolution import CausalConv1d
 from attncompiler.blocks.linear import ResidualLinear
 from attncompiler.blocks.norm import RMSNorm
@@ -42,7 +43,9 @@ class MambaSite(Site):
         `conv` is the convolution's part of the new state.
         """
         initial = None if state is None else state["ssm"]
-        tensors = check(u, dt, -A_log.exp(), B, C, D, z, dt_bias, initial, segment_ids, attention_mask)
+        tensors = check(
+            u, dt, -A_log.to(wide(A_log.dtype)).exp(), B, C, D, z, dt_bias, initial, segment_ids, attention_mask
+        )
         results = OPERATOR(tensors, self.options, self.handle)
         if state is None:
             return results["out"], None
@@ -57,7 +60,7 @@ class TimeStep(nn.Module):
         super().__init__()
         self.policy, self.rank = policy, policy.rank(hidden_size)
         self.weight = nn.Parameter(torch.empty(policy.channels(hidden_size), self.rank))
-        self.bias = nn.Parameter(torch.empty(policy.channels(hidden_size), dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(policy.channels(hidden_size), dtype=wide(torch.get_default_dtype())))
 
     def initial_value(self, name: str, generator: torch.Generator) -> Tensor:
         """Mamba's scheme: the bias gives time steps log-uniform in the policy's range."""
@@ -89,8 +92,8 @@ class MambaMixer(nn.Module):
         self.conv1d = CausalConv1d(E, policy.conv_kernel, policy.use_conv_bias)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False)
         self.dt_proj = TimeStep(policy, M)
-        self.A_log = nn.Parameter(torch.empty(E, N, dtype=torch.float32))
-        self.D = nn.Parameter(torch.empty(E, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(E, N, dtype=wide(torch.get_default_dtype())))
+        self.D = nn.Parameter(torch.empty(E, dtype=wide(torch.get_default_dtype())))
         layers = context.num_layers if policy.rescale_prenorm_residual else None
         self.out_proj = ResidualLinear(E, M, policy.use_bias, layers)
         if policy.dt_bc_norm:

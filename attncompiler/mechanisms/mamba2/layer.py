@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from attncompiler.blocks.autocast import wide
 from attncompiler.blocks.convolution import CausalConv1d
 from attncompiler.blocks.linear import ResidualLinear
 from attncompiler.blocks.norm import GatedRMSNorm
@@ -42,7 +43,9 @@ class Mamba2Site(Site):
         `conv` is the convolution's part of the new state.
         """
         initial = None if state is None else state["ssm"]
-        tensors = check(x, dt, -A_log.exp(), B, C, D, z, dt_bias, initial, segment_ids, attention_mask)
+        tensors = check(
+            x, dt, -A_log.to(wide(A_log.dtype)).exp(), B, C, D, z, dt_bias, initial, segment_ids, attention_mask
+        )
         results = OPERATOR(tensors, self.options, self.handle)
         if state is None:
             return results["out"], None
@@ -61,9 +64,9 @@ class Mamba2Mixer(nn.Module):
         self.widths, self.parts = (E, E + 2 * G * N, H), (E, G * N, G * N)
         self.in_proj = nn.Linear(M, sum(self.widths), bias=policy.use_bias)
         self.conv1d = CausalConv1d(E + 2 * G * N, policy.conv_kernel, policy.use_conv_bias)
-        self.A_log = nn.Parameter(torch.empty(H, dtype=torch.float32))
-        self.D = nn.Parameter(torch.empty(H, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(H, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(H, dtype=wide(torch.get_default_dtype())))
+        self.D = nn.Parameter(torch.empty(H, dtype=wide(torch.get_default_dtype())))
+        self.dt_bias = nn.Parameter(torch.empty(H, dtype=wide(torch.get_default_dtype())))
         if policy.rms_norm:
             self.norm = GatedRMSNorm(E, context.norm_eps, policy.norm_before_gate, G)
         layers = context.num_layers if policy.rescale_prenorm_residual else None

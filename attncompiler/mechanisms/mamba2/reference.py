@@ -18,6 +18,7 @@ def ssd(inputs: Tensors, options: Mamba2Options) -> dict[str, Tensor]:
     x, dt, a, b, c = (inputs[name].to(wide) for name in ("x", "dt", "a", "b", "c"))
     B, T, H, P = x.shape
     real = inputs.get("attention_mask", torch.ones(B, T, dtype=torch.bool, device=x.device))[..., None]
+    dt = torch.where(real, dt, 0)  # before anything is taken of it: NaN in padding must not reach a gradient
     delta = dt + inputs["dt_bias"] if "dt_bias" in inputs else dt
     # above its threshold torch takes softplus(x) as x, which by default is wrong in the tenth digit
     delta = F.softplus(delta, threshold=40) if options.dt_softplus else delta

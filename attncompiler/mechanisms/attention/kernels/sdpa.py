@@ -18,9 +18,14 @@ MASK_ROWS = 2**20
 
 
 def _causal_flag(inputs: Tensors, options: AttentionOptions) -> bool:
-    """Whether no query sees a key of a later index, so that torch may skip the upper triangle."""
+    """Whether no query sees a key of a later index, so that torch may skip the upper triangle.
+
+    torch fills it with −∞ before it scales: a scale that is not positive would make that NaN or +∞.
+    """
     square = inputs["q"].shape[1] == inputs["k"].shape[1]
-    return options.pattern.causal and square and "q_positions" not in inputs and "kv_segment_ids" not in inputs
+    positive = options.scale is None or options.scale > 0
+    indexed = "q_positions" not in inputs and "kv_segment_ids" not in inputs
+    return options.pattern.causal and square and positive and indexed
 
 
 def _mask(inputs: Tensors, options: AttentionOptions) -> Tensor | None:
@@ -28,7 +33,7 @@ def _mask(inputs: Tensors, options: AttentionOptions) -> Tensor | None:
     q, T, S = inputs["q"], inputs["q"].shape[1], inputs["k"].shape[1]
     plain = not inputs.keys() & {"segment_ids", "attention_mask", "q_positions"}
     kind = options.pattern.kind
-    if plain and (kind == "full" or (kind == "causal" and T in (1, S))):
+    if plain and (kind == "full" or (kind == "causal" and (T == 1 or _causal_flag(inputs, options)))):
         return None
     rows = max(1, MASK_ROWS // S)
     parts = []
