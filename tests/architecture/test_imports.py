@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,86 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def fresh(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+def fresh(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+def lint(folder: Path) -> tuple[int, str]:
+    """The exit code of the contracts of pyproject.toml on the package in `folder`, and what was said, on one line."""
+    done = fresh("from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))", folder)
+    return done.returncode, " ".join(done.stdout.split())
 
 
 def test_import_contracts_hold() -> None:
-    from importlinter.cli import lint_imports
+    code, said = lint(ROOT)
+    assert code == 0, said
 
-    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder with a copy of the package and its contracts, to plant imports in."""
+    shutil.copytree(ROOT / "attncompiler", tmp_path / "attncompiler", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def plant(folder: Path, module: str, statement: str) -> None:
+    """`statement` at the end of a module, which need not be there."""
+    with open(folder / f"{module.replace('.', '/')}.py", "a", encoding="utf-8") as file:
+        file.write(f"\n{statement}\n")
+
+
+MIXERS = "attncompiler.mechanisms"
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "imported"),
+    [
+        ("attncompiler.errors", "from attncompiler import targets", "attncompiler.targets"),
+        ("attncompiler.targets.target", "from ..mechanisms.base import Needs", f"{MIXERS}.base"),
+        (f"{MIXERS}.base", "from attncompiler.blocks.cost import FP32", "attncompiler.blocks.cost"),
+        (f"{MIXERS}.base", "from attncompiler.runtime import registry", "attncompiler.runtime.registry"),
+        (f"{MIXERS}.attention.mechanism", "def lazy():\n    import torch.fx", "torch"),
+        (f"{MIXERS}.attention.cost", "from torch import Tensor", "torch"),
+        (f"{MIXERS}.attention.layer", "import attncompiler.report", "attncompiler.report"),
+        (f"{MIXERS}.attention.layer", "from . import cases", f"{MIXERS}.attention.cases"),
+        (f"{MIXERS}.attention.kernels.sdpa", "from ..reference import attention", f"{MIXERS}.attention.reference"),
+        (
+            f"{MIXERS}.attention.kernels.chunkwise",
+            f"import {MIXERS}.attention.kernels.sdpa as _x",
+            f"{MIXERS}.attention.kernels.sdpa",
+        ),
+        (
+            f"{MIXERS}.linformer.op",
+            "def lazy():\n    from attncompiler.mechanisms.attention import op",
+            f"{MIXERS}.attention.op",
+        ),
+        ("attncompiler.blocks.norm", f"from {MIXERS}.attention.layer import Attention", f"{MIXERS}.attention.layer"),
+        ("attncompiler.runtime.site", "import attncompiler.spec", "attncompiler.spec"),
+        ("attncompiler.spec.model", "def lazy():\n    import numpy as np", "numpy"),
+        ("attncompiler.emit.emit", f"import {MIXERS}.attention.cases", f"{MIXERS}.attention.cases"),
+        ("attncompiler.pipeline", f"from {MIXERS} import mamba", f"{MIXERS}.mamba"),
+    ],
+)
+def test_a_contract_finds(copied: Path, module: str, statement: str, imported: str) -> None:
+    plant(copied, module, statement)
+    code, said = lint(copied)
+    assert code == 1
+    assert f"{module} -> {imported} (" in said
+
+
+def test_a_new_part_of_the_package_must_be_placed(copied: Path) -> None:
+    plant(copied, "attncompiler.fresh", "import torch")
+    code, said = lint(copied)
+    assert code == 1
+    assert "not listed as layers: - attncompiler.fresh" in said
+
+
+def test_imports_for_types_alone_are_free(copied: Path) -> None:
+    statement = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import attncompiler.pipeline, torch"
+    plant(copied, "attncompiler.spec.model", statement)
+    code, said = lint(copied)
+    assert code == 0, said
 
 
 @pytest.mark.parametrize(

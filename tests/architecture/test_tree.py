@@ -28,33 +28,6 @@ def test_every_kernel_file_is_in_its_mechanisms_table() -> None:
         assert files == entries - {"reference"}, name
 
 
-def test_a_kernel_imports_no_other_kernel() -> None:
-    found = []
-    for path in (ROOT / "attncompiler" / "mechanisms").glob("*/kernels/*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
-            found += [f"{path.relative_to(ROOT)}: {module}"] if ".kernels" in module or ".reference" in module else []
-    assert not found
-
-
-def test_mechanisms_are_named_nowhere_outside_their_folder() -> None:
-    """A mechanism enters by its folder alone: no other source file imports one."""
-    from attncompiler.mechanisms.base import discover
-
-    found = []
-    for path in SOURCES:
-        inside = "mechanisms" in path.parts
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            module = node.module if isinstance(node, ast.ImportFrom) else None
-            if (
-                module
-                and not inside
-                and any(module.startswith(f"attncompiler.mechanisms.{name}") for name in discover())
-            ):
-                found.append(f"{path.relative_to(ROOT)}: {module}")
-    assert not found
-
-
 def test_nothing_executes_text_or_unpickles() -> None:
     found = []
     for path in SOURCES:
@@ -86,22 +59,3 @@ def test_failures_are_caught_in_one_place() -> None:
                 if caught is None or (isinstance(caught, ast.Name) and caught.id in ("Exception", "BaseException")):
                     found.add(str(path.relative_to(ROOT / "attncompiler")))
     assert found == {"runtime/dispatch.py"}
-
-
-def test_mechanisms_never_import_one_another() -> None:
-    """Not by a list of them, so that a new folder is held to it as it enters."""
-    from attncompiler.mechanisms.base import discover
-
-    found = []
-    for name in discover():
-        for path in (ROOT / "attncompiler" / "mechanisms" / name).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                others = tuple(f"attncompiler.mechanisms.{other}" for other in discover() if other != name)
-                found += [
-                    f"{path.relative_to(ROOT)}: {m}"
-                    for m in modules
-                    if m in others or m.startswith(tuple(f"{o}." for o in others))
-                ]
-    assert not found
