@@ -31,12 +31,17 @@ def _rope_aliases() -> dict[str, Any]:
 
 
 def _draft07(value: Any) -> Any:
-    """Pydantic writes draft 2020-12: `prefixItems`, and `$ref` with siblings, which draft-07 would ignore."""
+    """Pydantic writes draft 2020-12: `prefixItems`, and `$ref` with siblings, which draft-07 would ignore.
+
+    The tag of a tagged union is required, whatever its branches' defaults: without it no branch is chosen.
+    """
     if isinstance(value, list):
         return [_draft07(item) for item in value]
     if not isinstance(value, dict):
         return value
     result = {key: _draft07(item) for key, item in value.items() if key != "discriminator"}
+    if "discriminator" in value:
+        result["required"] = [value["discriminator"]["propertyName"]]
     if "prefixItems" in result:
         result["items"] = result.pop("prefixItems")
         result["additionalItems"] = False
