@@ -363,6 +363,10 @@ def rotary_width_faults(rope: RopeParameters | None, head_dim: int) -> Iterator[
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 """A list of names, as YAML gives it, held frozen."""
+FILLED = Field(json_schema_extra={"minItems": 1})
+"""Of a list that a relation refuses when it is empty: editors are told so too."""
+KernelNames = Annotated[Names, FILLED]
+"""Kernels, best first."""
 
 
 class Route(StrictModel):
@@ -370,7 +374,7 @@ class Route(StrictModel):
 
     when: str
     pattern: dict[str, Any] | None = None
-    kernel: str | Names | None = None
+    kernel: str | KernelNames | None = None
     packing: bool | None = None
 
 
@@ -378,5 +382,5 @@ class Policy(StrictModel, allow_inf_nan=False):
     """Fields every mixer kind has. A mechanism's own policy narrows `kind` to its name and adds its options."""
 
     kind: str
-    kernel: str | Names = "auto"
+    kernel: str | KernelNames = "auto"
     routes: tuple[Route, ...] = Field(default=(), strict=False)

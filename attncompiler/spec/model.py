@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, PrivateAttr, Tag
 
 from attncompiler.errors import Location
-from attncompiler.mechanisms.base import Factor, Length, Names, Policy, StrictModel, discover
+from attncompiler.mechanisms.base import FILLED, Factor, KernelNames, Length, Policy, StrictModel, discover
 from attncompiler.spec.nodes import Node, locate
 from attncompiler.targets.target import Target
 
@@ -160,7 +160,9 @@ Group.model_rebuild()
 class Fallback(SpecModel):
     """Which kernels may serve, in which order, and what a failure at run time does."""
 
-    order: dict[str, Literal["auto"] | Names] = Field(default={}, description="per mechanism: auto, or kernel names")
+    order: dict[str, Literal["auto"] | KernelNames] = Field(
+        default={}, description="per mechanism: auto, or kernel names"
+    )
     on_failure: Literal["next", "raise"] = "next"
 
 
@@ -185,8 +187,10 @@ class ModelSpec(SpecModel):
     deterministic: bool = Field(default=False, description="use only kernels that repeat bit for bit")
     model: Model
     policies: dict[str, AnyPolicy] = Field(description="named mixer configurations")
-    layers: tuple[AnyLayer, ...] = Field(description="from first to last")
-    targets: tuple[str | Target, ...] = Field(default=("cpu",), description="built-in names, or facts; all are planned")
+    layers: Annotated[tuple[AnyLayer, ...], FILLED] = Field(description="from first to last")
+    targets: Annotated[tuple[str | Target, ...], FILLED] = Field(
+        default=("cpu",), description="built-in names, or facts; all are planned"
+    )
     fallback: Fallback = Fallback()
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
