@@ -34,7 +34,7 @@ def flops(run: Callable[[], object]) -> int:
 
 def allocated_peak(run: Callable[[], object]) -> int:
     """The most bytes above what was live before that the CPU allocator had handed out at one moment of a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         run()
     events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
