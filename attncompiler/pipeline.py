@@ -128,9 +128,27 @@ def load(
     what is damaged, missing or of another version.
     """
     from attncompiler import artifact
+
+    path = Path(path)
+    for _ in range(SAVES_OVERTAKEN):
+        before = artifact.stamp(path)
+        try:
+            return _load(path, device, dtype, locked)
+        except ArtifactError:
+            if artifact.stamp(path) == before:
+                raise
+    return _load(path, device, dtype, locked)
+
+
+SAVES_OVERTAKEN = 16
+"""times that `load` begins again because another process has replaced the artifact meanwhile"""
+
+
+def _load(path: Path, device: str | torch.device | None, dtype: torch.dtype | None, locked: bool) -> CompiledModel:
+    from attncompiler import artifact
     from attncompiler.emit import emit
 
-    stored = artifact.read(Path(path))
+    stored = artifact.read(path)
     spec = _in_dtype(stored.spec, dtype or stored.dtype)
     device = _device(device, None)
     planned = _plan_here(spec, device, None).require(spec)

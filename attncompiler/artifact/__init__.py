@@ -10,7 +10,8 @@
 Hashes detect damage, not an attacker; against an attacker stands that every file is data to the reader.
 """
 
+from attncompiler.artifact.manifest import stamp
 from attncompiler.artifact.read import Artifact, read
 from attncompiler.artifact.write import write
 
-__all__ = ["Artifact", "read", "write"]
+__all__ = ["Artifact", "read", "stamp", "write"]

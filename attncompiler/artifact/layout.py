@@ -14,6 +14,8 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+FOR_READING = frozenset({SOURCE, REPORT})
+"""files that nothing is loaded from"""
 NAMES = frozenset({SPEC, PLAN, SOURCE, REPORT, MANIFEST, WEIGHTS, INDEX})
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 

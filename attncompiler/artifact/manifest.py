@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +19,15 @@ FORMAT = 1
 MAX_TEXT = 64 * 2**20
 """bytes of a text file that are read at most; nothing that `write` makes comes near it"""
 
+RESTORE = "restore it from a copy; building the spec again gives untrained weights"
+"""what to do about a file that is not as it was written"""
+
 Weights = Literal["initial", "trained", "none"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
+
+
+class ArtifactWarning(UserWarning):
+    """A file of an artifact that nothing is loaded from is not as it was written."""
 
 
 class FileRecord(StrictModel):
@@ -85,20 +93,45 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def stamp(path: Path) -> tuple[int, int] | None:
+    """What tells one save to `path` from the next; None while there is none."""
+    try:
+        found = (path / layout.MANIFEST).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def verify_files(path: Path, manifest: Manifest) -> None:
-    """Raises ArtifactError naming every file that is missing (E301), or truncated or changed (E302)."""
+    """Raises ArtifactError naming every file that is missing (E301), or truncated or changed (E302).
+
+    Of what is only for reading it warns (ArtifactWarning): nothing is loaded from there, and weights are worth more.
+    """
     missing = [name for name in manifest.files if not (path / name).is_file()]
+    changed = {
+        name: how
+        for name, record in manifest.files.items()
+        if name not in missing and (how := _changed(path / name, record)) is not None
+    }
+    for name in layout.FOR_READING & {*missing, *changed}:
+        what = changed.get(name, f"{name} is missing")
+        warnings.warn(
+            f"{path}: {what}; it is for reading, and nothing is loaded from it", ArtifactWarning, stacklevel=2
+        )
+    missing = [name for name in missing if name not in layout.FOR_READING]
     if missing:
-        raise fail(ArtifactError, "E301", f"{path} lacks {', '.join(missing)}", remedy="build the spec again")
-    changed = []
-    for name, record in manifest.files.items():
-        size = (path / name).stat().st_size
-        if size != record.size:
-            changed.append(f"{name} has {size} bytes and was written with {record.size}")
-        elif FileRecord.of(path / name) != record:
-            changed.append(f"{name} was changed after it was written")
-    if changed:
-        raise damaged(path, "; ".join(changed))
+        raise fail(ArtifactError, "E301", f"{path} lacks {', '.join(missing)}", remedy=RESTORE)
+    causes = [how for name, how in changed.items() if name not in layout.FOR_READING]
+    if causes:
+        raise damaged(path, "; ".join(causes))
+
+
+def _changed(path: Path, record: FileRecord) -> str | None:
+    """How a file differs from what was written, or None where it does not."""
+    size = path.stat().st_size
+    if size != record.size:
+        return f"{path.name} has {size} bytes and was written with {record.size}"
+    return None if FileRecord.of(path) == record else f"{path.name} was changed after it was written"
 
 
 def read_text(path: Path) -> str:
@@ -123,6 +156,6 @@ def read_json(path: Path) -> Any:
 
 def damaged(path: Path, cause: str) -> ArtifactError:
     """The error (E302) for a file that is not as it was written, to be raised."""
-    error = fail(ArtifactError, "E302", f"{path} is damaged: {cause}", remedy="restore it, or build the spec again")
+    error = fail(ArtifactError, "E302", f"{path} is damaged: {cause}", remedy=RESTORE)
     assert isinstance(error, ArtifactError)
     return error

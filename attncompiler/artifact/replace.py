@@ -1,11 +1,13 @@
 """A folder replaced in one step: at every moment the old one or the new one stands, whole.
 
 The new folder is written beside the old one, which is then renamed aside, the new one renamed in, and the old one
-deleted. After a crash between the two renames the old one is found aside, and `recover` puts it back.
+deleted. After a crash between the two renames the old one is found aside, and `recover` puts it back. Renames are made
+under a lock on the parent folder, so that savers and readers of one path do not undo one another's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import secrets
@@ -17,6 +19,11 @@ from pathlib import Path
 from attncompiler.artifact import layout
 from attncompiler.errors import ArtifactError, fail
 
+try:
+    import fcntl
+except ImportError:  # not POSIX: savers of one path must not overlap there
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -26,19 +33,21 @@ def replacing(path: Path) -> Iterator[Path]:
     than an artifact or an empty folder stands at `path`, and OSError; both leave what was there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    recover(path)
-    if path.exists() and not layout.is_artifact(path) and not _is_empty(path):
-        what = "a folder of other files" if path.is_dir() else "a file"
-        raise fail(ArtifactError, "E301", f"{path} is {what}, not an artifact, and is not replaced")
-    _remove_leftovers(path)
+    with _alone(path):
+        _recover(path)
+        if path.exists() and not layout.is_artifact(path) and not _is_empty(path):
+            what = "a folder of other files" if path.is_dir() else "a file"
+            raise fail(ArtifactError, "E301", f"{path} is {what}, not an artifact, and is not replaced")
+        _remove_leftovers(path)
     new = path.with_name(f"{_prefix(path)}{os.getpid()}-{secrets.token_hex(4)}")
     new.mkdir()
     try:
         yield new
-        if path.exists():
-            _keep_others(path, new)
         _sync_tree(new)
-        _swap(new, path)
+        with _alone(path):
+            if path.exists():
+                _keep_others(path, new)
+            _swap(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -57,6 +66,27 @@ def standing(path: Path) -> Path:
 
 def recover(path: Path) -> None:
     """Put back an artifact that a crash left aside. Raises ArtifactError (E301) when it cannot be put back."""
+    if _aside(path).is_dir() and not layout.is_artifact(path):
+        with _alone(path):
+            _recover(path)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """A block that no other process or thread is in for an artifact of this parent folder, where the system locks."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _recover(path: Path) -> None:
     aside = _aside(path)
     if not aside.is_dir() or layout.is_artifact(path):
         return

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from attncompiler.artifact import layout
 from attncompiler.artifact.manifest import DType, Weights, damaged
-from attncompiler.emit.weights import initial_value, own_tensors, seed_of
+from attncompiler.emit import CompiledModel
+from attncompiler.emit.weights import initial_value, own_tensors, seed_of, shapes_of
 from attncompiler.errors import ArtifactError, Diagnostic, fail
 
 SHARD_BYTES = 5 * 10**9
@@ -31,6 +32,30 @@ INTEGERS = {
 }
 SHOWN = 8
 """keys that a message lists"""
+
+
+def refuse_others(model: CompiledModel) -> None:
+    """Raises ArtifactError (E306) unless the model's weights are those it was emitted with, in name, shape and ties.
+
+    Nothing else could be loaded again from its spec.
+    """
+    own, expected = shapes_of(model), model.emitted_with
+    faults = {
+        "its spec does not have": sorted(own.keys() - expected.keys()),
+        "are missing": sorted(expected.keys() - own.keys()),
+        "have other shapes than its spec's": [
+            f"{name} {own[name]} instead of {expected[name]}"
+            for name in sorted(own.keys() & expected.keys())
+            if own[name] != expected[name]
+        ],
+    }
+    found = [
+        Diagnostic("E306", f"the model cannot be saved: {len(names)} weights {what}: {listed(names)}")
+        for what, names in faults.items()
+        if names
+    ]
+    if found:
+        raise ArtifactError(found)
 
 
 def origin(model: nn.Module, seed: int) -> Weights:
@@ -128,6 +153,8 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
         raise damaged(file, str(error)) from None
+    except (OSError, RuntimeError) as error:  # torch's own where the file has gone since it was verified
+        raise fail(ArtifactError, "E301", f"{file} cannot be read: {error}") from None
 
 
 def _compare(own: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:

@@ -25,8 +25,8 @@ def write(model: CompiledModel, path: Path, *, force: bool = False) -> Path:
 
     Without `force`, trained weights that stand there are replaced by trained ones alone. Raises InputError (E403) for
     what is not an emitted model; ArtifactError: E301 when something else stands at `path`, E304 when trained weights
-    would be lost, E306 when the model's weights are not whole; UsageError (E601) when the folder cannot be written.
-    Whatever is raised, what stood there still does.
+    would be lost, E306 when the model's weights are not whole or not those of its spec; UsageError (E601) when the
+    folder cannot be written. Whatever is raised, what stood there still does.
     """
     if not isinstance(model, CompiledModel) or model.spec is None or model.plan is None:
         raise fail(
@@ -35,6 +35,7 @@ def write(model: CompiledModel, path: Path, *, force: bool = False) -> Path:
     try:
         path = layout.resolved(path)
         recover(path)
+        weights.refuse_others(model)
         found = weights.origin(model, model.spec.seed)
         if not force and found != "trained":
             _refuse_to_lose_training(path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx, nn
@@ -44,8 +45,31 @@ class Emitted(fx.GraphModule):
         return made
 
 
+_TRACING = threading.RLock()
+"""fx patches nn.Module while it traces, for the whole process: one trace at a time"""
+
+
 class LayerTracer(fx.Tracer):
-    """Sees through a layer, its mixer and its MLP; everything of torch.nn, of blocks, and sites are nodes."""
+    """Sees through a layer, its mixer and its MLP; everything of torch.nn, of blocks, and sites are nodes.
+
+    Modules that other threads call meanwhile run as if nothing were traced.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, (Site, Emitted)):
@@ -60,7 +84,8 @@ def trace(module: nn.Module, method: str = "forward") -> fx.Graph:
     """The graph of one method of `module`. Optional arguments stay placeholders with their default None."""
     tracer = LayerTracer()
     tracer.traced_func_name = method
-    graph = tracer.trace(module)
+    with _TRACING:
+        graph = tracer.trace(module)
     for node in graph.nodes:
         node.type = None  # annotations are text here, which fx would turn into names that mean nothing
     graph.lint()

@@ -43,6 +43,11 @@ def own_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]
                 yield (f"{prefix}.{name}" if prefix else name), module, name, tensor
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and persistent buffer, ties once, by its first full name."""
+    return {name: tuple(tensor.shape) for name, _, _, tensor in own_tensors(model)}
+
+
 def materialise(model: nn.Module, seed: int | None, device: torch.device) -> None:
     """Move a model on meta to `device`, ties kept; draw its weights, or leave them empty with `seed=None`.
 

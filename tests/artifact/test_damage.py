@@ -7,6 +7,7 @@ import pickle
 import shutil
 import struct
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 import attncompiler
 from attncompiler import AttnCompilerError, artifact
-from attncompiler.artifact.manifest import FileRecord
+from attncompiler.artifact.manifest import ArtifactWarning, FileRecord
 
-FILES = ("spec.resolved.yaml", "plan.json", "model.safetensors", "modeling.py", "report.html", "manifest.json")
+FILES = ("spec.resolved.yaml", "plan.json", "model.safetensors", "manifest.json")
+FOR_READING = ("modeling.py", "report.html")
 
 
 def forge(path: Path, **changes: Any) -> None:
@@ -59,9 +61,22 @@ def test_a_changed_file_is_named(saved: Path, name: str, how: str) -> None:
 
 
 def test_every_damaged_file_is_named_at_once(saved: Path) -> None:
-    for name in ("plan.json", "modeling.py"):
+    for name in ("plan.json", "spec.resolved.yaml"):
         (saved / name).write_text("")
-    refused(saved, r"plan\.json .*modeling\.py|modeling\.py .*plan\.json")
+    refused(saved, r"plan\.json .*spec\.resolved\.yaml .*restore it from a copy; building .* gives untrained weights")
+
+
+@pytest.mark.parametrize("name", FOR_READING)
+@pytest.mark.parametrize("how", ["edited", "deleted"])
+def test_what_is_for_reading_is_warned_of_and_keeps_no_weights_from_their_owner(
+    saved: Path, name: str, how: str
+) -> None:
+    if how == "edited":
+        (saved / name).write_text((saved / name).read_text() + "raise SystemExit\n")
+    else:
+        (saved / name).unlink()
+    with pytest.warns(ArtifactWarning, match=rf"{name} .*nothing is loaded from it"):
+        attncompiler.load(saved, device="cpu")
 
 
 def test_what_is_no_artifact_is_told(tmp_path: Path) -> None:
@@ -217,7 +232,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(max_examples=60)
-@given(data=st.data(), name=st.sampled_from(FILES), forged=st.booleans())
+@given(data=st.data(), name=st.sampled_from([*FILES, *FOR_READING]), forged=st.booleans())
 def test_any_change_is_refused_in_words_or_harmless(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str, forged: bool
 ) -> None:
@@ -232,9 +247,12 @@ def test_any_change_is_refused_in_words_or_harmless(
     if forged and name != "manifest.json":
         forge(path)
     try:
-        attncompiler.load(path, device="cpu")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            attncompiler.load(path, device="cpu")
         loaded = True
     except AttnCompilerError:
         loaded = False
-    assert not loaded or forged or changed == content or name == "manifest.json"
+    unseen = loaded and not any(issubclass(each.category, ArtifactWarning) for each in caught)
+    assert not unseen or forged or changed == content or name == "manifest.json"
     shutil.rmtree(path.parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,42 @@ def test_a_folder_made_meanwhile_hides_no_artifact_left_aside(trained: Path, mon
     for action in (lambda: attncompiler.load(trained), lambda: attncompiler.save(build(), trained)):
         with pytest.raises(AttnCompilerError, match=r"E301 .*interrupted save left .*attncompiler-old"):
             action()
+    assert content(trained.parent) == before
+
+
+def test_savers_and_readers_of_one_path_do_not_meet(trained: Path) -> None:
+    """Each save stands or is replaced whole, each load finds a whole one, and nothing is left beside it."""
+    models = [train(build()) for _ in range(3)]
+
+    def save(index: int) -> None:
+        for _ in range(8):
+            attncompiler.save(models[index], trained)
+
+    def load(_: int) -> None:
+        for _ in range(12):
+            assert torch.all(attncompiler.load(trained, device="cpu").norm.weight == 1.5)
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(work, index) for index in range(3) for work in (save, load)]:
+            done.result()
+    assert list(trained.parent.iterdir()) == [trained]
+
+
+@pytest.mark.parametrize("change", ["untied", "resized", "extra", "buffer"])
+def test_what_could_not_be_loaded_is_not_saved(trained: Path, change: str) -> None:
+    model = train(build())
+    if change == "untied":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    elif change == "resized":
+        model.embed_tokens.weight = model.lm_head.weight = torch.nn.Parameter(torch.zeros(40, 16))
+    elif change == "extra":
+        model.extra = torch.nn.Linear(2, 2)
+    else:
+        model.register_buffer("extra", torch.ones(3))
+    before = content(trained.parent)
+    named = {"untied": "lm_head.weight", "resized": r"embed_tokens.weight \(40, 16\) instead of \(31, 16\)"}
+    with pytest.raises(AttnCompilerError, match=f"E306 .*{named.get(change, 'extra')}"):
+        attncompiler.save(model, trained)
     assert content(trained.parent) == before
 
 

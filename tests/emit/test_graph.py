@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -249,3 +250,25 @@ def test_embeds_input_and_classifier_head() -> None:
     torch.testing.assert_close(scores[1:], built(x[1:, :6]))
     labels = torch.tensor([0, 2])
     torch.testing.assert_close(built.loss(x, labels, attention_mask=mask), nn.functional.cross_entropy(scores, labels))
+
+
+def test_models_are_built_while_others_run() -> None:
+    """fx patches nn.Module while it traces: neither a model that runs meanwhile nor another trace may notice."""
+    built, x = model(MIXERS["attention"], MIXERS["mamba2"]), tokens()
+    with torch.no_grad():
+        expected = built(x)
+
+    def run() -> None:
+        for _ in range(40):
+            with torch.no_grad():
+                assert torch.equal(built(x), expected)
+
+    def build_again() -> None:
+        for _ in range(4):
+            again = model(MIXERS["attention"], MIXERS["mamba2"])
+            with torch.no_grad():
+                assert torch.equal(again(x), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for work in (run, build_again, run, build_again)]:
+            done.result()
