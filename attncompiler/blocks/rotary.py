@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attncompiler.mechanisms.base import RopeParameters
+from attncompiler.mechanisms.base import RopeParameters, rotary_width
 
 
 class Rotary(nn.Module):
@@ -19,7 +19,7 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, parameters: RopeParameters):
         super().__init__()
-        self.width = int(head_dim * parameters.partial_rotary_factor) // 2 * 2
+        self.width = int(rotary_width(parameters, head_dim)) // 2 * 2
         self.theta = parameters.rope_theta
         self.interleaved = parameters.interleaved
 

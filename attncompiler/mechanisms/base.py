@@ -353,10 +353,18 @@ def unbuilt_rope(rope: RopeParameters | None) -> Iterator[Fault]:
         yield Fault(("rope_parameters", "rope_type"), message, code="E203", remedy="only 'default' is")
 
 
+def rotary_width(rope: RopeParameters, head_dim: int) -> float:
+    """How many of a head's channels are turned: a whole number where the factor means one, rounding of floats aside."""
+    width = head_dim * rope.partial_rotary_factor
+    return round(width) if abs(width - round(width)) < 1e-6 else width
+
+
 def rotary_width_faults(rope: RopeParameters | None, head_dim: int) -> Iterator[Fault]:
     """A rotary part of a head that does not fall into pairs."""
-    rotary = head_dim * rope.partial_rotary_factor if rope is not None else 0
-    if rotary % 2:
+    if rope is None:
+        return
+    rotary = rotary_width(rope, head_dim)
+    if not rotary or rotary % 2:
         message = f"the rotary part of a head is {rotary:g} wide, and must be a positive even number"
         yield Fault(("rope_parameters",), message, remedy="change head_dim or partial_rotary_factor")
 

@@ -14,7 +14,7 @@ from attncompiler.blocks.norm import rms_norm
 from attncompiler.blocks.positions import segment_positions
 from attncompiler.blocks.rotary import Rotary
 from attncompiler.errors import InputError
-from attncompiler.mechanisms.base import RopeParameters
+from attncompiler.mechanisms.base import RopeParameters, rotary_width_faults
 from attncompiler.testing.memory import PeakMemory
 
 
@@ -120,6 +120,18 @@ def test_rotary_turns_pairs_by_their_angle(interleaved: bool, partial: float) ->
             expected[0, t, :, a] = q[0, t, :, a] * c - q[0, t, :, b] * s
             expected[0, t, :, b] = q[0, t, :, b] * c + q[0, t, :, a] * s
     torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_and_the_relation_agree_on_a_width_that_floats_miss() -> None:
+    """100 · 0.28 is above 28 in floats, 180 · 0.7 below 126."""
+    for head_dim in range(2, 257):
+        for hundredths in range(1, 101):
+            rope, exact = RopeParameters(partial_rotary_factor=hundredths / 100), head_dim * hundredths
+            faults = list(rotary_width_faults(rope, head_dim))
+            assert bool(faults) == bool(exact % 200), (head_dim, hundredths)
+            if not faults:
+                assert Rotary(head_dim, rope).width == exact // 100
+    assert list(rotary_width_faults(RopeParameters(partial_rotary_factor=1e-9), 64)), "none is no even number above 0"
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
