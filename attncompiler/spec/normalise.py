@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from attncompiler.errors import Diagnostic
 from attncompiler.mechanisms.base import discover
-from attncompiler.spec.nodes import Entry, Node, child, keyed, without
+from attncompiler.spec.nodes import Entry, Node, child, keyed, plain, without
 
 ALIASES = ("rope_theta", "rope_scaling")
 
@@ -46,6 +46,10 @@ def _rope(policy: Node, note: Callable[[Diagnostic], None]) -> Node:
     if theta is not None:
         moved["rope_theta"] = theta
     if scaling is not None and isinstance(scaling.node.value, dict):
+        old, new = scaling.node.value.get("type"), scaling.node.value.get("rope_type")
+        if old is not None and new is not None and plain(old.node) != plain(new.node):
+            message = "rope_scaling gives both 'type' and 'rope_type', and they differ"
+            note(Diagnostic("E105", message, old.key, "remove one of the two"))
         moved |= {("rope_type" if key == "type" else key): entry for key, entry in scaling.node.value.items()}
     place = (own or theta or scaling).key  # type: ignore[union-attr]
     rope = dict(own.node.value) if own is not None and isinstance(own.node.value, dict) else {}

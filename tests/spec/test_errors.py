@@ -165,6 +165,9 @@ TABLE: list[tuple[str, str, list[str]]] = [
     ("pattern: {kind: causal}", "rope_theta: 3\n    rope_parameters: {rope_theta: 4}", [
         "f:10:5: E105 'rope_theta' is also given in rope_parameters",
     ]),
+    ("pattern: {kind: causal}", "rope_scaling: {type: yarn, rope_type: default}", [
+        "f:10:20: E105 rope_scaling gives both 'type' and 'rope_type', and they differ; remove one of the two",
+    ]),
     ("pattern: {kind: causal}", "rope_scaling: 3", ["f:10:19: E011 rope_scaling must be a mapping"]),
 ]  # fmt: skip
 

@@ -90,6 +90,7 @@ def test_rope_aliases_mean_rope_parameters() -> None:
     assert rotary("rope_theta: 5\n    rope_scaling: {type: linear, factor: 2}") == plain
     assert rotary("rope_theta: 5\n    rope_parameters: {rope_type: linear, factor: 2}") == plain
     assert rotary("rope_theta: 5\n    rope_scaling: null") == rotary("rope_parameters: {rope_theta: 5}")
+    assert rotary("rope_theta: 5\n    rope_scaling: {type: linear, rope_type: linear, factor: 2}") == plain
     assert rotary("rope_scaling:") is None
 
 
