@@ -14,7 +14,7 @@ import yaml
 
 from attncompiler.errors import Diagnostic, Location, SpecError
 from attncompiler.spec.nodes import Entry, Node
-from attncompiler.spec.scalars import resolve
+from attncompiler.spec.scalars import UNREADABLE, resolve
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 64
@@ -141,10 +141,10 @@ class _Composer:
                 value = resolve(value)
             except ValueError as error:
                 self._note("E014", str(error), event.start_mark)
-                value = 1
+                value = UNREADABLE
             if value != value:
                 self._note("E014", "'.nan' is not a value", event.start_mark)
-                value = 1.0
+                value = UNREADABLE
         return Node(value, self._at(event.start_mark), len(event.value) + 1)
 
     def _sequence(self, event: Any, depth: int) -> Node:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attncompiler.errors import Location
-from attncompiler.spec.scalars import Scalar
+from attncompiler.spec.scalars import Scalar, Unreadable
 
 Path = tuple[str | int, ...]
 
@@ -27,7 +27,7 @@ class Node:
     `size` counts its characters, roughly, with aliases as what they expand to; `height` its levels of nesting.
     """
 
-    value: Scalar | tuple[Node, ...] | dict[str, Entry]
+    value: Scalar | Unreadable | tuple[Node, ...] | dict[str, Entry]
     location: Location
     size: int = 1
     height: int = 0
@@ -50,6 +50,14 @@ def child(node: Node, step: str | int) -> Node | None:
     if isinstance(node.value, tuple) and isinstance(step, int) and 0 <= step < len(node.value):
         return node.value[step]
     return None
+
+
+def readable(root: Node, path: Sequence[str | int]) -> bool:
+    """Whether what stands at `path` has a value; False only for a scalar that the loader could not read."""
+    node: Node | None = root
+    for step in path:
+        node = child(node, step) if node is not None else None
+    return node is None or not isinstance(node.value, Unreadable)
 
 
 def locate(root: Node, path: Sequence[str | int], *, key: bool = False) -> Location:

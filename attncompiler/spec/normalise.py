@@ -7,6 +7,7 @@ from collections.abc import Callable
 from attncompiler.errors import Diagnostic
 from attncompiler.mechanisms.base import discover
 from attncompiler.spec.nodes import Entry, Node, child, keyed, plain, without
+from attncompiler.spec.scalars import Unreadable
 
 ALIASES = ("rope_theta", "rope_scaling")
 
@@ -39,7 +40,7 @@ def _rope(policy: Node, note: Callable[[Diagnostic], None]) -> Node:
     theta, scaling = policy.value.get("rope_theta"), policy.value.get("rope_scaling")
     own = policy.value.get("rope_parameters")
     for entry, name in ((scaling, "rope_scaling"), (own, "rope_parameters")):
-        if entry is not None and not isinstance(entry.node.value, (dict, type(None))):
+        if entry is not None and not isinstance(entry.node.value, (dict, type(None), Unreadable)):
             note(Diagnostic("E011", f"{name} must be a mapping", entry.node.location))
             return without(policy, *ALIASES)
     moved: dict[str, Entry] = {}

@@ -7,6 +7,13 @@ import re
 
 Scalar = bool | int | float | str | None
 
+
+class Unreadable:
+    """Stands for a scalar that means no value. The loader has said so; no option takes it."""
+
+
+UNREADABLE = Unreadable()
+
 NULL = frozenset({"", "~", "null", "Null", "NULL"})
 BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", re.ASCII)

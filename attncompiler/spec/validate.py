@@ -10,14 +10,17 @@ from attncompiler.errors import Diagnostic, SpecError
 from attncompiler.spec import relations
 from attncompiler.spec.diagnose import faults, nearest
 from attncompiler.spec.model import Model, ModelSpec
-from attncompiler.spec.nodes import Node, locate, plain
+from attncompiler.spec.nodes import Node, locate, plain, readable
 from attncompiler.spec.parts import salvage, whole
+from attncompiler.spec.scalars import Unreadable
 
 
 def validate(root: Node, earlier: Iterable[Diagnostic] = ()) -> ModelSpec:
     """The spec of a document. Raises SpecError with `earlier` faults and all that is found, in file order."""
     diagnostics = list(earlier)
     data = plain(root)
+    if isinstance(data, Unreadable):
+        raise SpecError(diagnostics)
     if not isinstance(data, dict):
         raise SpecError([*diagnostics, Diagnostic("E003", "the document is not a mapping", root.location)])
     spec, found = None, []
@@ -29,6 +32,8 @@ def validate(root: Node, earlier: Iterable[Diagnostic] = ()) -> ModelSpec:
         parts = salvage(data, _holes(fault.path for fault, _ in found))
     found += relations.check(parts)
     for fault, at_key in found:
+        if not at_key and not readable(root, fault.path):
+            continue  # the loader has said what is wrong there
         place = locate(root, fault.path, key=at_key)
         diagnostics.append(Diagnostic(fault.code, fault.message, place, fault.remedy))
     if diagnostics or spec is None:

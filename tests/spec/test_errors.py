@@ -194,6 +194,45 @@ def test_all_faults_come_at_once_with_relations_over_what_is_valid() -> None:
     ]
 
 
+@pytest.mark.parametrize("value", [".nan", "9" * 500])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("hidden_size: 64", "hidden_size: {}"),
+        ("num_attention_heads: 4", "num_attention_heads: {}"),
+        ("kind: attention", "kind: {}"),
+        ("kind: causal", "kind: sliding_window, window: {}"),
+        ("pattern: {kind: causal}", "kernel: {}"),
+        ("pattern: {kind: causal}", "kernel: [sdpa, {}]"),
+        ("pattern: {kind: causal}", "rope_theta: {}"),
+        ("pattern: {kind: causal}", "rope_scaling: {}"),
+        ("pattern: {kind: causal}", "rope_parameters: {}"),
+        (
+            "pattern: {kind: causal}",
+            "routes: [{{when: seq_len > 9, pattern: {{kind: chunked, chunk: {}}}}}]",
+        ),
+        ("{policy: full}", "{{policy: {}}}"),
+        ("{policy: full}", "{}"),
+        ("targets: [cpu]", "targets: [cpu, {}]"),
+        ("targets: [cpu]", "fallback: {{order: {{attention: {}}}}}"),
+        ("name: base", "name: {}"),
+        ("name: base", "name: base\nseed: {}"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_one_fault(old: str, new: str, value: str) -> None:
+    """Nothing is said about a stand-in, where the value is or in a relation to it."""
+    [fault] = errors(changed((old, new.format(value))))
+    assert "E014 '.nan' is not a value" in fault or "E014 a number of 500 digits is too long" in fault
+
+
+def test_other_faults_of_an_override_are_said_beside_a_value_that_cannot_be_read() -> None:
+    option = "policies.full.pattern={kind: sliding_window, window: .nan, global_tokens: x}"
+    assert errors(BASE, option) == [
+        f"--set {option}: E014 '.nan' is not a value",
+        f"--set {option}: E011 policies.full.pattern.global_tokens must be a whole number, not the text 'x'",
+    ]
+
+
 def test_a_relation_over_a_wrong_value_says_nothing() -> None:
     assert len(errors(changed(("hidden_size: 64", "hidden_size: 'x'")))) == 1
     assert len(errors(changed(("vocab_size: 256", "vocabsize: 256")))) == 1
