@@ -158,9 +158,13 @@ def _unserved(choice: PlannedPolicy, plan: Plan, spec: ModelSpec) -> Diagnostic:
             spec.place("policies", choice.policy, "kernel"),
             remedy=f"give a list of kernels to allow others, or `kernel: auto`, in policies.{choice.policy}",
         )
+    ordered = (
+        spec.policies[choice.policy].kernel == "auto" and spec.fallback.order.get(choice.mechanism, "auto") != "auto"
+    )
+    path = ("fallback", "order", choice.mechanism) if ordered else ("policies", choice.policy, "kernel")
     return Diagnostic(
         "E201",
         f"{where}: every kernel allowed refuses: {reasons}",
-        spec.place("policies", choice.policy, "kernel"),
+        spec.place(*path),
         remedy=f"allow more kernels in policies.{choice.policy}.kernel or in fallback.order.{choice.mechanism}",
     )

@@ -137,17 +137,24 @@ def test_an_unbuilt_pattern_names_those_that_are_built() -> None:
         plan(small(ATTENTION.format(", pattern: {kind: strided, stride: 4, window: 4}")), "cpu")
 
 
-def test_a_refused_policy_is_placed_at_its_kernel_or_at_itself() -> None:
+def test_a_refused_policy_is_placed_where_its_kernels_are_named() -> None:
+    """At its kernel, else at the order for its mechanism, else at itself."""
     for kernel, code in ((", kernel: sdpa", "E202"), (", kernel: [sdpa]", "E201")):
         spec = small(ATTENTION.format(kernel))
         with pytest.raises(PlanError) as error:
             plan(spec, "h200")
         assert codes(error) == [code]
         assert error.value.diagnostics[0].location == spec.place("policies", "p0", "kernel")
-    ordered = small(CAUSAL, fallback="{order: {attention: [sdpa]}}")
+    order = "{order: {attention: [sdpa]}}"
+    ordered = small(CAUSAL, fallback=order)
     with pytest.raises(PlanError) as error:
         plan(ordered, "h200")
-    assert error.value.diagnostics[0].location == ordered.place("policies", "p0", "kernel")
+    there = error.value.diagnostics[0].location
+    assert there == ordered.place("fallback", "order", "attention") != ordered.place("fallback")
+    both = small(ATTENTION.format(", kernel: [sdpa]"), fallback=order)
+    with pytest.raises(PlanError) as error:
+        plan(both, "h200")
+    assert error.value.diagnostics[0].location == both.place("policies", "p0", "kernel") != both.place("policies", "p0")
 
 
 def test_a_spec_is_equal_to_one_from_elsewhere_and_one_made_in_python_has_no_places() -> None:
