@@ -138,6 +138,9 @@ def _targets(parts: Parts) -> Iterator[Found]:
         if isinstance(target, str) and target not in targets.names():
             remedy = did_you_mean(target, targets.names()) or f"known targets: {', '.join(targets.names())}"
             yield Fault(path, f"unknown target {target!r}", "E107", remedy), False
+        if not isinstance(target, str) and name in targets.names():
+            message = f"the target {name!r} is built in, and other facts are given for it"
+            yield Fault((*path, "name"), message, "E105", "give it a name of its own"), False
         if name in seen:
             yield Fault(path, f"the target {name!r} is listed twice", "E105"), False
         seen.add(name)

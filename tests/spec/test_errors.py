@@ -9,6 +9,10 @@ from attncompiler.mechanisms.base import discover
 from .samples import BASE, changed, errors
 
 KINDS = ", ".join(discover())
+TARGET = (
+    "{{name: {}, title: Mine, device_type: cuda, vendor: nvidia, memory_bytes: 8589934592, bandwidth: 1e12, "
+    "matrix_flops: {{float32: 1e13}}, vector_flops: 1e13, multiprocessors: 8, shared_memory_bytes: 65536}}"
+)
 
 TABLE: list[tuple[str, str, list[str]]] = [
     # keys and kinds
@@ -117,6 +121,9 @@ TABLE: list[tuple[str, str, list[str]]] = [
     ("pattern: {kind: causal}", "kernel: []", ["f:10:13: E014 policies.full.kernel lists no kernel"]),
     ("targets: [cpu]", "targets: [cpu, h2000]", ["f:13:16: E107 unknown target 'h2000'; did you mean 'h200'?"]),
     ("targets: [cpu]", "targets: [cpu, cpu]", ["f:13:16: E105 the target 'cpu' is listed twice"]),
+    ("targets: [cpu]", f"targets: [{TARGET.format('cpu')}]", [
+        "f:13:18: E105 the target 'cpu' is built in, and other facts are given for it; give it a name of its own",
+    ]),
     ("targets: [cpu]", "targets: [3]", ["f:13:11: E011 targets[0] must be text or a mapping, not 3"]),
     ("targets: [cpu]", "fallback: {order: {atention: auto}}", [
         "f:13:20: E012 unknown mechanism 'atention'; did you mean 'attention'?",
