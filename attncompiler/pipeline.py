@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike[str] | ModelSpec
 
+MOST = 2**40
+"""sequences, and tokens, that a cost is asked for: with more, products of them leave the range of floats"""
+
 
 def read(source: Source, overrides: Sequence[str] | None = None) -> ModelSpec:
     """A validated spec from a path or a spec; `overrides` are "a.b=c" texts. Raises SpecError with every fault."""
@@ -62,7 +65,7 @@ def explain(
     """Per target: chains, refusals and cost of every layer, and whether training fits. Plain data.
 
     It speaks of `batch` sequences of `seq_len` tokens, default 2048, or max_position_embeddings if that is less. Raises
-    UsageError (E602) for sizes below 1 or more tokens than the model can take, and what `plan` raises.
+    UsageError (E602) for sizes below 1, above `MOST` or of more tokens than the model can take, and what `plan` raises.
     """
     spec = read(source)
     from attncompiler.planning.explanation import explain as explain_plan
@@ -71,6 +74,8 @@ def explain(
     seq_len = planned_length(spec) if seq_len is None else seq_len
     if batch < 1 or seq_len < 1:
         raise fail(UsageError, "E602", f"batch and seq_len must be at least 1, not {batch} and {seq_len}")
+    if batch > MOST or seq_len > MOST:
+        raise fail(UsageError, "E602", f"batch and seq_len must be at most {MOST:,}")
     reason = too_long(spec, seq_len)
     if reason is not None:
         raise fail(UsageError, "E602", reason)

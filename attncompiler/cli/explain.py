@@ -15,10 +15,10 @@ def explain(
     target: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="a target; every listed one if absent")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="sequences in a batch")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=2**40, help="sequences in a batch")] = 1,
     seq_len: Annotated[
         int | None,
-        typer.Option(min=1, help="tokens in a sequence; default: 2048, or what the model is meant for"),
+        typer.Option(min=1, max=2**40, help="tokens in a sequence; default: 2048, or what the model is meant for"),
     ] = None,
     set_: Overrides = None,
     format: AsFormat = Format.text,

@@ -135,6 +135,8 @@ def test_a_device_that_is_not_here(here: Path, monkeypatch: pytest.MonkeyPatch) 
         ("build", "a.yaml", "--dtype", "int8"),
         ("build", "a.yaml", "--device", "tpu"),
         ("explain", "a.yaml", "--batch", "0"),
+        ("explain", "a.yaml", "--batch", "1" + "0" * 320),
+        ("explain", "a.yaml", "--seq-len", "1" + "0" * 320),
         ("list", "everything"),
     ],
     ids=" ".join,

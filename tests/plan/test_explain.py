@@ -13,6 +13,7 @@ from attncompiler.errors import PlanError, SpecError, UsageError
 from attncompiler.planning import plan
 from attncompiler.planning.cost import model_cost
 from attncompiler.planning.explanation import explain
+from attncompiler.planning.planner import too_long
 
 
 def explained(name: str, target: str, batch: int = 1, seq_len: int = 2048) -> dict[str, Any]:
@@ -68,6 +69,20 @@ def test_13_billion_parameters_do_not_train_on_one_a6000() -> None:
 def test_a_step_without_tokens_is_an_error(size: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="E602 batch and seq_len must be at least 1"):
         pipeline.explain(example("llama_tiny"), **size)
+
+
+@pytest.mark.parametrize("size", [{"batch": 10**320}, {"seq_len": 10**320}, {"seq_len": pipeline.MOST + 1}])
+def test_a_size_that_no_float_holds_is_an_error(size: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="E602 batch and seq_len must be at most 1,099,511,627,776"):
+        pipeline.explain(example("llama_tiny"), **size)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_largest_size_is_explained(name: str) -> None:
+    spec = example(name)
+    longest = pipeline.MOST if too_long(spec, pipeline.MOST) is None else spec.model.max_position_embeddings
+    for data in pipeline.explain(spec, batch=pipeline.MOST, seq_len=longest).values():
+        assert not data["fit"]["plain"]["fits"]
 
 
 def test_overrides_reach_a_spec_that_is_read_already() -> None:
