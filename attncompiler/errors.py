@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 CATALOGUE: dict[str, str] = {
     # 0: the text of a spec
@@ -104,6 +105,10 @@ class AttnCompilerError(Exception):
             diagnostics = (diagnostics,)
         self.diagnostics: Sequence[Diagnostic] = tuple(diagnostics)
         super().__init__("\n".join(str(diagnostic) for diagnostic in self.diagnostics))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made again from its diagnostics, not from its text, in another process."""
+        return type(self), (self.diagnostics,), self.__dict__
 
 
 class SpecError(AttnCompilerError):
