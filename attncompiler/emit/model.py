@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -168,6 +168,11 @@ class CompiledModel(Emitted):
         )
         memo[id(self)] = made
         return made
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """A model is not pickled (E403): its methods are generated, and to read a pickle is to run what it holds."""
+        remedy = "write it with attncompiler.save and read it with attncompiler.load, or take its state_dict()"
+        raise fail(InputError, "E403", "a compiled model cannot be pickled", remedy=remedy)
 
     def loss(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from attncompiler.emit.trace import Emitted
+from attncompiler.errors import InputError
 from attncompiler.runtime.site import Site
 
 ALL = {**MIXERS, **ENCODERS}
@@ -163,6 +166,16 @@ def test_a_copy_keeps_keys_ties_and_values_and_is_independent() -> None:
     assert sum(built.layers["0"].mixer.site.record.calls.values()) == calls
     state = copied.init_state(2, 32)
     copied.step(x, state)
+
+
+def test_a_model_is_not_pickled_and_says_what_to_do() -> None:
+    built = model(MIXERS["attention"])
+    for write in (pickle.dumps, lambda given: torch.save(given, io.BytesIO())):
+        with pytest.raises(InputError, match=r"E403 .* attncompiler\.save .* attncompiler\.load"):
+            write(built)
+    assert torch.equal(copy.copy(built)(tokens()), built(tokens()))
+    assert torch.equal(copy.deepcopy([built])[0](tokens()), built(tokens()))
+    torch.save(built.state_dict(), io.BytesIO())
 
 
 @pytest.mark.parametrize("kind", ALL)
