@@ -55,12 +55,12 @@ class LMLoss(nn.Module):
     def forward(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         """hidden (B, T, M), weight (vocabulary, M), labels (B, T) with −100 ignored → a scalar in fp32 (fp64 for fp64).
 
-        Raises InputError for labels of another shape (E401) or that are not whole numbers (E402).
+        Raises InputError for labels of another shape (E401), that are not whole numbers (E402) or name no token (E403).
         """
         if labels.shape != hidden.shape[:2]:
             message = f"labels must be (B, T) = {tuple(hidden.shape[:2])} as the tokens are, not {tuple(labels.shape)}"
             raise fail(InputError, "E401", message)
-        _check_whole(labels)
+        labels = _check_whole(labels, weight.shape[0])
         return linear_cross_entropy(hidden.flatten(0, 1), weight, bias, labels.flatten(), self.softcap, self.chunk)
 
 
@@ -70,19 +70,27 @@ class ClassifierLoss(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """logits (B, num_labels), labels (B,) with −100 ignored → a scalar in fp32 (fp64 for fp64), 0 when all are.
 
-        Raises InputError for labels of another shape (E401) or that are not whole numbers (E402).
+        Raises InputError for labels of another shape (E401), that are not whole numbers (E402) or name no class (E403).
         """
         if labels.shape != logits.shape[:1]:
             message = f"labels must be (B,) = {tuple(logits.shape[:1])}, not {tuple(labels.shape)}"
             raise fail(InputError, "E401", message)
-        _check_whole(labels)
+        labels = _check_whole(labels, logits.shape[1])
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(wide, labels, reduction="sum") / (labels != -100).sum().clamp(min=1)
 
 
-def _check_whole(labels: Tensor) -> None:
-    if labels.is_floating_point():
+def _check_whole(labels: Tensor, count: int) -> Tensor:
+    """The labels as int64. Their values are read only where that waits for no GPU, and where they have any."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise fail(InputError, "E402", f"labels must be whole numbers, not {labels.dtype}")
+    labels = labels.long()
+    if not torch.compiler.is_compiling() and labels.device.type == "cpu":
+        wrong = (labels != -100) & ((labels < 0) | (labels >= count))
+        if type(wrong) is Tensor and wrong.any():  # a fake tensor is of another type
+            first = int(labels[wrong][0])
+            raise fail(InputError, "E403", f"labels must be 0 to {count - 1}, or -100 to be ignored, not {first}")
+    return labels
 
 
 def linear_cross_entropy(

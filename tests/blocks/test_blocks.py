@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attncompiler.blocks.head import ClassifierLoss, LMLoss, Pool, linear_cross_entropy
 from attncompiler.blocks.norm import rms_norm
@@ -74,6 +76,43 @@ def test_labels_that_are_not_the_tokens_own_are_refused(labels: torch.Tensor, me
     """More labels than tokens, or as many in another order, would otherwise give a loss all the same."""
     with pytest.raises(InputError, match=message):
         LMLoss(None, chunk=2)(torch.randn(2, 3, 4), torch.randn(5, 4), None, labels)
+
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+SCORES = torch.arange(15.0).reshape(3, 5)
+
+
+def lm_loss(labels: torch.Tensor) -> torch.Tensor:
+    """Of a language model of 5 tokens, for 3 labels."""
+    return LMLoss(None)(SCORES[None], torch.eye(5), None, labels[None])
+
+
+def classifier_loss(labels: torch.Tensor) -> torch.Tensor:
+    """Of a classifier of 5 classes, for 3 labels."""
+    return ClassifierLoss()(SCORES, labels)
+
+
+@pytest.mark.parametrize("loss", [lm_loss, classifier_loss])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_may_be_whole_numbers_of_any_width(loss: Loss, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(loss(torch.tensor([0, 4, 1], dtype=dtype)), loss(torch.tensor([0, 4, 1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64])
+@pytest.mark.parametrize("loss", [lm_loss, classifier_loss])
+def test_labels_that_are_no_whole_numbers_are_refused(loss: Loss, dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match="E402 labels must be whole numbers"):
+        loss(torch.ones(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, -101, 2**40])
+@pytest.mark.parametrize("loss", [lm_loss, classifier_loss])
+def test_a_label_that_means_nothing_is_refused_where_that_waits_for_no_gpu(loss: Loss, wrong: int) -> None:
+    labels = torch.tensor([-100, 4, wrong])
+    with pytest.raises(InputError, match=f"E403 labels must be 0 to 4, or -100 to be ignored, not {wrong}"):
+        loss(labels)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss(labels)
 
 
 def test_the_fused_loss_makes_gradients_only_where_they_are_wanted_and_once() -> None:
