@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,8 @@ from attncompiler.errors import InputError, fail
 from attncompiler.planning import Plan
 from attncompiler.planning.planner import not_causal
 from attncompiler.spec.model import ModelSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Model(nn.Module):
@@ -174,17 +177,11 @@ class CompiledModel(Emitted):
         remedy = "write it with attncompiler.save and read it with attncompiler.load, or take its state_dict()"
         raise fail(InputError, "E403", "a compiled model cannot be pickled", remedy=remedy)
 
-    def loss(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        **inputs: Tensor,
-    ) -> Tensor:
+    def loss(self, *inputs: Tensor | None, **named: Tensor | None) -> Tensor:
         """The mean cross-entropy, a scalar in fp32, over labels that are not −100.
 
+        Called as `loss(input_ids, labels, attention_mask=None, position_ids=None, segment_ids=None)`, any of them by
+        name; like forward it takes `inputs_embeds` for `input: embeds`, and `token_type_ids` where there are types.
         For a language model labels (B, T) are aligned with the tokens: labels[b, t] is the token that should follow
         input_ids[b, t]; nothing is shifted here, so that packed and sharded batches need no special case. For a
         classifier labels are (B,). The head is fused with the loss in chunks: the logits are never held whole.
@@ -193,7 +190,7 @@ class CompiledModel(Emitted):
         if "loss" not in self.graphs:
             raise fail(InputError, "E403", "this model has no head, so it has no loss")
         generated: Callable[..., Tensor] = type(self)._generated_loss  # type: ignore[attr-defined]
-        return generated(self, input_ids, labels, attention_mask, position_ids, segment_ids, **inputs)
+        return generated(self, *inputs, **named)
 
     def init_state(
         self, batch: int, max_length: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -201,7 +198,8 @@ class CompiledModel(Emitted):
         """An empty decode state for B sequences of up to `max_length` tokens.
 
         `device` and `dtype` (of caches; recurrent states are fp32) default to the parameters'. Raises InputError: E503
-        when a layer cannot be run step by step, E403 for sizes below 1, E401 for more tokens than learned positions.
+        when a layer cannot be run step by step, E403 for sizes below 1, E401 for more tokens than learned positions,
+        E402 for a dtype that no model has.
         """
         self._refuse_step()
         if batch < 1 or max_length < 1:
@@ -211,7 +209,9 @@ class CompiledModel(Emitted):
             raise no_position(limit, max_length)
         example = next(self.parameters())
         device = torch.device(device) if device is not None else example.device
-        dtype = dtype or example.dtype
+        dtype = example.dtype if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise fail(InputError, "E402", f"dtype must be {', '.join(map(str, DTYPES))}, not {dtype}")
         return {
             "seen": 0,
             "max_length": max_length,
@@ -226,17 +226,44 @@ class CompiledModel(Emitted):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Run T ≥ 1 more tokens: input_ids (B, T), attention_mask (B, T) of the new tokens → logits and the new state.
 
-        The state given is consumed: use the one returned. Raises InputError (E502) when the state is full.
+        The state given is consumed: use the one returned. Raises InputError: E502 when the state is full, E401 when it
+        is another model's.
         """
         self._refuse_step()
+        if not torch.compiler.is_compiling() and not _fits(state, self._own_state):
+            message = "the state is not one of this model's: its layers or their sizes differ"
+            raise fail(
+                InputError, "E401", message, remedy="take the state from this model's init_state or its last step"
+            )
         generated: Callable[..., tuple[Tensor, dict[str, Any]]] = type(self)._generated_step  # type: ignore[attr-defined]
         return generated(self, input_ids, state, attention_mask)
+
+    @cached_property
+    def _own_state(self) -> dict[str, Any]:
+        return self.init_state(1, 1, device="meta", dtype=torch.float32)
 
     def _refuse_step(self) -> None:
         if "step" in self.graphs:
             return
         reasons = "; ".join(not_causal(self.spec)) if self.spec else "it has no spec"
         raise fail(InputError, "E503", f"this model cannot be run step by step: {reasons}")
+
+
+def _fits(state: Any, empty: Any) -> bool:
+    """Whether a state is of the model whose empty state is given: in names and sizes, batch and cache aside."""
+    if isinstance(empty, Mapping):
+        return (
+            isinstance(state, Mapping)
+            and state.keys() == empty.keys()
+            and all(_fits(state[name], part) for name, part in empty.items())
+        )
+    if not isinstance(empty, Tensor):
+        return not isinstance(state, (Mapping, Tensor))
+    return (
+        isinstance(state, Tensor)
+        and state.dim() == empty.dim()
+        and all(size == own or own == 0 for size, own in zip(state.shape[1:], empty.shape[1:], strict=True))
+    )
 
 
 def _mixer(layer: nn.Module) -> Any:

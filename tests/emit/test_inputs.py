@@ -1,11 +1,15 @@
-"""What a model takes beside tokens: token types, and no more positions than it has."""
+"""What a model takes and refuses at its door: token types, positions, states, labels by name, dtypes."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from tiny import MIXERS, model, tokens
+from tiny import ENCODERS, MIXERS, model, text, tokens
 
+import attncompiler
+from attncompiler import spec as specs
 from attncompiler.emit import CompiledModel
 from attncompiler.errors import InputError
 
@@ -82,3 +86,61 @@ def test_a_state_for_nothing_is_refused(size: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="at least 1") as error:
         made("{positions: none}").init_state(*size)
     assert code(error) == "E403"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_a_state_of_no_models_dtype_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match=f"E402 dtype must be .*, not {dtype}"):
+        made("{positions: none}").init_state(1, 4, dtype=dtype)
+
+
+OTHERS = {
+    "attention": MIXERS["attention"].replace("num_key_value_heads: 2", "num_key_value_heads: 1"),
+    "window": MIXERS["window"].replace("num_attention_heads: 4", "num_attention_heads: 4, head_dim: 16"),
+    "linear_attention": MIXERS["linear_attention"].replace("heads: 2", "heads: 4"),
+    "mamba": MIXERS["mamba"].replace("state_size: 4", "state_size: 4, expand: 4"),
+    "mamba2": MIXERS["mamba2"].replace("head_dim: 16", "head_dim: 8"),
+}
+"""the same mechanisms, of other sizes"""
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_another_models_state_is_refused_and_the_models_own_is_not(kind: str) -> None:
+    built = model(MIXERS[kind])
+    others = [model(OTHERS[kind]), model(MIXERS[kind], layers=3)]
+    others += [model(MIXERS[other]) for other in ("mamba", "linear_attention") if other != kind]
+    wrong = [other.init_state(2, 16) for other in others]
+    wrong += [other.step(X, state)[1] for other, state in zip(others, wrong, strict=True)]
+    for state in (*wrong, {}, None, built.init_state(2, 16)["layers"]):
+        with pytest.raises(InputError, match="E401 the state is not one of this model's"):
+            built.step(X[:, :1], state)
+    state = model(MIXERS[kind]).init_state(2, 16, dtype=torch.bfloat16)
+    _, state = copy.deepcopy(built).step(X, state)
+    logits, _ = built.step(X[:, :1], state)
+    assert logits.isfinite().all()
+
+
+def test_a_step_compiles_as_one_graph() -> None:
+    built = model(*MIXERS.values(), layers=1)
+    with torch.no_grad():
+        _, first = built.step(X, built.init_state(2, 16))
+        expected, _ = built.step(X[:, :1], copy.deepcopy(first))
+        compiled, _ = torch.compile(built.step, fullgraph=True, backend="aot_eager")(X[:, :1], first)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_a_loss_takes_its_inputs_by_the_names_that_forward_has() -> None:
+    built = model(MIXERS["attention"])
+    expected = built.loss(X, X)
+    assert torch.equal(built.loss(input_ids=X, labels=X), expected)
+    assert torch.equal(built.loss(X, labels=X, segment_ids=torch.zeros_like(X)), built.loss(X, X, None, None, X * 0))
+    with pytest.raises(TypeError, match="labels"):
+        built.loss(X)
+    with pytest.raises(TypeError, match="inputs_embeds"):
+        built.loss(inputs_embeds=torch.randn(2, 9, 32), labels=X)
+    embeds = text(ENCODERS["full"], model="head: {kind: classifier, num_labels: 3}")
+    embeds = embeds.replace("input: tokens", "input: embeds").replace("  vocab_size: 64\n", "")
+    fed = attncompiler.build(specs.parse(embeds), device="cpu")
+    x, labels = torch.randn(2, 9, 32), torch.tensor([0, 2])
+    assert torch.equal(fed.loss(inputs_embeds=x, labels=labels), fed.loss(x, labels))
+    assert fed(inputs_embeds=x).shape == (2, 3)
