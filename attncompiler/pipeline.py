@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from attncompiler import spec as specs
 from attncompiler import targets
-from attncompiler.errors import ArtifactError, Diagnostic, PlanError, UsageError, fail
+from attncompiler.errors import ArtifactError, Diagnostic, PlanError, SpecError, UsageError, fail
 from attncompiler.planning import Plan
 from attncompiler.planning import plan as plan_for
 from attncompiler.spec.model import ModelSpec
@@ -34,7 +34,12 @@ MOST = 2**40
 
 
 def read(source: Source, overrides: Sequence[str] | None = None) -> ModelSpec:
-    """A validated spec from a path or a spec; `overrides` are "a.b=c" texts. Raises SpecError with every fault."""
+    """A validated spec from a path or a spec; `overrides` are "a.b=c" texts, or one such text.
+
+    Raises SpecError with every fault.
+    """
+    if isinstance(overrides, str):
+        overrides = (overrides,)
     if not isinstance(source, ModelSpec):
         return specs.read(Path(source), overrides=overrides or ())
     return specs.parse(specs.dump(source), overrides=overrides) if overrides else source
@@ -130,7 +135,7 @@ def load(
     """The model of an artifact, planned again for the machine at hand. Executes nothing that the folder holds.
 
     With `locked` a plan that differs from the saved one is an error (E305) instead. Raises ArtifactError (E3xx) for
-    what is damaged, missing or of another version.
+    what is damaged, missing or of another version, SpecError (E014) for a dtype that parameters cannot have.
     """
     from attncompiler import artifact
 
@@ -180,10 +185,16 @@ def _plans(spec: ModelSpec, target: str | Target | None, batch: int = 1, seq_len
 
 
 def _in_dtype(spec: ModelSpec, dtype: torch.dtype | None) -> ModelSpec:
-    """The spec with the dtype of its parameters replaced, so that plan, model and artifact agree on it."""
+    """The spec with the dtype of its parameters replaced, so that plan, model and artifact agree on it.
+
+    Raises SpecError (E014) for a dtype that parameters cannot have.
+    """
     name = str(dtype).removeprefix("torch.")
     if dtype is None or name == spec.model.dtype:
         return spec
+    known = get_args(type(spec.model).model_fields["dtype"].annotation)
+    if name not in known:
+        raise fail(SpecError, "E014", f"dtype must be {', '.join(known[:-1])} or {known[-1]}, not {dtype}")
     return spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": name})})
 
 

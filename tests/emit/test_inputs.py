@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import ENCODERS, MIXERS, model, text, tokens
+from tiny import ENCODERS, MIXERS, model, spec, text, tokens
 
 import attncompiler
 from attncompiler import spec as specs
 from attncompiler.emit import CompiledModel
-from attncompiler.errors import InputError
+from attncompiler.errors import InputError, SpecError
 
 X = tokens(2, 9)
 LIMIT = 64
@@ -144,3 +145,22 @@ def test_a_loss_takes_its_inputs_by_the_names_that_forward_has() -> None:
     x, labels = torch.randn(2, 9, 32), torch.tensor([0, 2])
     assert torch.equal(fed.loss(inputs_embeds=x, labels=labels), fed.loss(x, labels))
     assert fed(inputs_embeds=x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_a_dtype_that_parameters_cannot_have_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    given = spec(MIXERS["attention"])
+    attncompiler.save(attncompiler.build(given, device="cpu"), tmp_path / "made")
+    said = f"E014 dtype must be float32, bfloat16, float16 or float64, not {dtype}"
+    with pytest.raises(SpecError, match=said):
+        attncompiler.build(given, device="cpu", dtype=dtype)
+    with pytest.raises(SpecError, match=said):
+        attncompiler.load(tmp_path / "made", device="cpu", dtype=dtype)
+
+
+def test_one_override_needs_no_list(tmp_path: Path) -> None:
+    given = spec(MIXERS["attention"])
+    (tmp_path / "spec.yaml").write_text(text(MIXERS["attention"]))
+    for source in (given, tmp_path / "spec.yaml"):
+        assert attncompiler.build(source, device="cpu", overrides="seed=3").spec.seed == 3
+        assert attncompiler.check(source, overrides="seed=3").seed == 3
