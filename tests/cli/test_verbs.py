@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from attncompiler import targets
 from attncompiler.cli import output
 from attncompiler.errors import CATALOGUE
 from attncompiler.mechanisms.base import discover
+from attncompiler.planning import planner
 
 SPECS = sorted((ROOT / "specs").glob("*.yaml"))
 
@@ -74,6 +76,19 @@ def test_the_version_is_that_of_the_package() -> None:
 
 
 # --- build ----------------------------------------------------------------------------------------------------------
+
+
+def test_build_for_machines_that_are_elsewhere_writes_no_weights(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec.write_text(SPEC.replace("num_attention_heads: 2,", "num_attention_heads: 2, kernel: chunkwise,"))
+    attention = discover()["attention"]
+    kernels = [replace(k, needs=replace(k.needs, packages={"fast": "pip install fast"})) for k in attention.kernels]
+    changed = {"attention": replace(attention, kernels=tuple(kernels))}
+    monkeypatch.setattr(planner, "discover", lambda: changed)
+    text = good("build", spec, "--device", "cpu")
+    assert "emitted for h200" in text
+    assert "this machine cannot serve it: plans and spec were written, without weights, to be loaded there" in text
+    assert Path("build/small/plan.json").exists()
+    assert not list(Path("build/small").glob("*.safetensors*"))
 
 
 def test_build_writes_an_artifact_and_says_how_to_load_it(spec: Path) -> None:
