@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import typer
 from readme import setup_commands
 
+from attncompiler import spec as specs
 from attncompiler import targets
 from attncompiler.cli import app
 from attncompiler.mechanisms.base import discover
@@ -66,3 +68,33 @@ def test_links_and_pictures_exist() -> None:
     local = [link for link in targets_of_links if not link.startswith(("http://", "https://"))]
     assert local
     assert not [link for link in local if not (ROOT / link).exists()]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From top to bottom as one script, in a folder with specs/ beside it."""
+    first, *rest = blocks("python")
+    assert "attncompiler.build(" in first
+    assert "attncompiler.ops.attention(" in "".join(rest)
+    (tmp_path / "specs").symlink_to(ROOT / "specs")
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join([first, *rest]), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(script))
+    assert names["loss"].isfinite()
+    assert names["logits"].shape == (1, 1, 256)
+    assert names["out"].shape == (1, 512, 8, 64)
+    assert (tmp_path / "build" / "mine" / "report.html").exists()
+    printed = capsys.readouterr().out
+    assert "def forward(self" in printed
+    assert "Counter({('chunkwise', 'forward'): 1, ('chunkwise', 'backward'): 1})" in printed
+
+
+def test_the_yaml_of_the_readme_is_a_spec() -> None:
+    [block] = blocks("yaml")
+    assert len(specs.parse(block).resolved_layers) == 7
