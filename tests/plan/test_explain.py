@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +13,8 @@ from small_specs import NAMES, example, small
 from attncompiler import pipeline, targets
 from attncompiler.errors import PlanError, SpecError, UsageError
 from attncompiler.planning import plan
-from attncompiler.planning.cost import model_cost
-from attncompiler.planning.explanation import explain
+from attncompiler.planning.cost import Memory, model_cost
+from attncompiler.planning.explanation import _devices, explain
 from attncompiler.planning.planner import too_long
 
 
@@ -175,3 +177,59 @@ def test_a_model_that_cannot_decode_has_no_decode_state() -> None:
     assert data["model"]["state_bytes"] == 0
     assert {layer["state_bytes"] for layer in data["layers"]} == {0}
     assert explained("llama_tiny", "cpu")["model"]["state_bytes"] > 0
+
+
+# --- how many devices -------------------------------------------------------------------------------------------
+
+PARTS = SimpleNamespace(parts=[SimpleNamespace(parameter_bytes=size) for size in (100, 300, 200)])
+"""600 bytes of parameters, the largest part 300"""
+
+
+def memory(working: int, peak: int, update: int = 300) -> Memory:
+    """Of PARTS: 600 bytes of parameters, 600 of gradients, 1200 of moments: 2400 are sharded."""
+    return Memory(600, 600, 1200, update, activations=0, working=working, peak=peak)
+
+
+@pytest.mark.parametrize(
+    ("usable", "devices"),
+    [
+        (2900, 1),  # the peak itself
+        (2899, 2),  # a byte is missing; each device's own are 500 + 3 · 300 = 1400: 2400 / 1499 = 1.6
+        (2600, 2),  # 2400 / 1200 = 2
+        (2599, 3),  # 2400 / 1199 = 2.002
+        (2000, 4),  # 2400 / 600 = 4
+        (1999, 5),  # 2400 / 599 = 4.007
+        (1401, 2400),  # a byte of room on each device
+        (1400, None),  # what is not sharded leaves none
+        (1000, None),
+    ],
+)
+def test_devices_by_hand(usable: int, devices: int | None) -> None:
+    """Sharded: 2400. Each device's own: 500 of activations, parameters of 2 layers in flight, gradients of 1."""
+    assert _devices(memory(500, 2900), PARTS, usable) == devices
+
+
+def test_no_less_than_two_devices_share() -> None:
+    """2400 / (4000 − 1400) is less than 1, and yet one device has too little for its peak of 4001."""
+    assert _devices(memory(500, 4001), PARTS, 4000) == 2
+
+
+@pytest.mark.parametrize(("usable", "devices"), [(1800, 2), (1799, 3), (900, 4), (899, 5)])
+def test_the_update_is_shared_too_and_may_ask_for_more_devices(usable: int, devices: int) -> None:
+    """2400 + 1200 in parts of `usable`, where forward and backward would fit fewer: 2400 / (900 − 13) = 2.7."""
+    small_parts = SimpleNamespace(parts=[SimpleNamespace(parameter_bytes=1)] * 600)
+    assert _devices(memory(10, 3600, update=1200), small_parts, usable) == devices
+
+
+def test_a_model_fits_to_the_byte() -> None:
+    """The least memory of which 92% hold the peak; with a byte less, one is missing."""
+    spec, target = example("llama_tiny"), targets.get("t4")
+    peak = explain(spec, plan(spec, target, seq_len=64))["fit"]["plain"]["peak_bytes"]
+    least = math.ceil(peak / 0.92)
+    for size, missing, devices in ((least, 0, 1), (least - 1, 1, 2)):
+        held = target.model_copy(update={"memory_bytes": size})
+        data = explain(spec, plan(spec, held, seq_len=64))["fit"]
+        fit = data["plain"]
+        assert data["usable_bytes"] == peak - missing
+        assert (fit["fits"], fit["missing_bytes"], fit["devices"]) == (missing == 0, missing, devices)
+        assert fit["verdict"].startswith("fits: " if missing == 0 else "does not fit: ")
