@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny import MIXERS, gradients, model, tokens
+from tiny import ENCODERS, MIXERS, gradients, model, tokens
+
+EVERY = (*MIXERS.values(), *ENCODERS.values())
 
 
 def _worker(rank: int, world: int, port: int, folder: str) -> None:
@@ -19,7 +21,7 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     try:
-        built = model(*MIXERS.values(), layers=1)
+        built = model(*EVERY, layers=1)
         mesh = init_device_mesh("cpu", (world,))
         for layer in built.layers.values():
             fully_shard(layer, mesh=mesh)
@@ -45,7 +47,7 @@ def test_fully_shard_on_every_layer_gives_the_gradients_of_one_process(tmp_path:
         port = probe.getsockname()[1]
     mp.spawn(_worker, args=(2, port, str(tmp_path)), nprocs=2)
     sharded = torch.load(tmp_path / "sharded.pt", weights_only=True)
-    built = model(*MIXERS.values(), layers=1)
+    built = model(*EVERY, layers=1)
     loss = built.loss(tokens(4, 11), tokens(4, 11, seed=1))
     loss.backward()
     torch.testing.assert_close(sharded["loss"], loss.detach())
