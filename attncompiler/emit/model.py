@@ -177,20 +177,35 @@ class CompiledModel(Emitted):
         remedy = "write it with attncompiler.save and read it with attncompiler.load, or take its state_dict()"
         raise fail(InputError, "E403", "a compiled model cannot be pickled", remedy=remedy)
 
-    def loss(self, *inputs: Tensor | None, **named: Tensor | None) -> Tensor:
+    def loss(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
         """The mean cross-entropy, a scalar in fp32, over labels that are not −100.
 
-        Called as `loss(input_ids, labels, attention_mask=None, position_ids=None, segment_ids=None)`, any of them by
-        name; like forward it takes `inputs_embeds` for `input: embeds`, and `token_type_ids` where there are types.
-        For a language model labels (B, T) are aligned with the tokens: labels[b, t] is the token that should follow
+        Arguments are forward's and labels; `inputs_embeds` (B, T, M) in the place of input_ids for `input: embeds`. For
+        a language model labels (B, T) are aligned with the tokens: labels[b, t] is the token that should follow
         input_ids[b, t]; nothing is shifted here, so that packed and sharded batches need no special case. For a
         classifier labels are (B,). The head is fused with the loss in chunks: the logits are never held whole.
-        Raises InputError (E403) for a model without a head.
+        Raises InputError (E403) for a model without a head, and without inputs or labels.
         """
         if "loss" not in self.graphs:
             raise fail(InputError, "E403", "this model has no head, so it has no loss")
+        takes = "inputs_embeds" if self.spec is not None and self.spec.model.input == "embeds" else "input_ids"
+        if inputs_embeds is not None and (takes == "input_ids" or input_ids is not None):
+            raise fail(InputError, "E403", f"this model takes {takes} alone")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or labels is None:
+            raise fail(InputError, "E403", f"a loss needs {takes} and labels")
         generated: Callable[..., Tensor] = type(self)._generated_loss  # type: ignore[attr-defined]
-        return generated(self, *inputs, **named)
+        return generated(self, given, labels, attention_mask, position_ids, segment_ids, **inputs)
 
     def init_state(
         self, batch: int, max_length: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
