@@ -325,17 +325,18 @@ def scan(decay: Tensor, write: Tensor, read: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [
-        ("", (64, 2, 16)),
-        ("expand: 1, state_size: 3", (32, 2, 3)),
-        ("expand: 3, conv_kernel: 2, use_conv_bias: false", (96, 2, 16)),
-        ("conv_kernel: 1, use_bias: true, time_step_rank: 5", (64, 5, 16)),
-        ("dt_bc_norm: true, state_size: 4", (64, 2, 4)),
+        ("", (64, 2, 16, 4)),
+        ("expand: 1, state_size: 3", (32, 2, 3, 4)),
+        ("expand: 3, conv_kernel: 2, use_conv_bias: false", (96, 2, 16, 2)),
+        ("conv_kernel: 1, use_bias: true, time_step_rank: 5", (64, 5, 16, 1)),
+        ("dt_bc_norm: true, state_size: 4", (64, 2, 4, 4)),
     ],
 )
-def test_mamba_is_its_formula(options: str, sizes: tuple[int, int, int]) -> None:
-    """Sizes are E, R, N: channels, the rank of the time steps, the state's width."""
+def test_mamba_is_its_formula(options: str, sizes: tuple[int, int, int, int]) -> None:
+    """Sizes are E, R, N, W: channels, the rank of the time steps, the width of the state and of the convolution."""
     mixer, x, out = run(f"kind: mamba, {options}")
-    E, R, N = sizes
+    E, R, N, W = sizes
+    assert mixer.conv1d.weight.shape == (E, 1, W)
     assert (mixer.in_proj.bias is not None, mixer.out_proj.bias is not None) == ("use_bias: true" in options,) * 2
     assert (mixer.conv1d.bias is None) == ("use_conv_bias: false" in options)
     u, z = linear(mixer.in_proj, x).split([E, E], -1)
@@ -352,19 +353,20 @@ def test_mamba_is_its_formula(options: str, sizes: tuple[int, int, int]) -> None
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [
-        ("head_dim: 16", (64, 4, 1, 128)),
-        ("head_dim: 8, expand: 1, state_size: 3, num_heads: 4", (32, 4, 1, 3)),
-        ("head_dim: 16, expand: 3, n_groups: 3, state_size: 4, conv_kernel: 2", (96, 6, 3, 4)),
-        ("head_dim: 16, state_size: 4, use_bias: true, use_conv_bias: false", (64, 4, 1, 4)),
-        ("head_dim: 16, state_size: 4, time_step_limit: [0.4, 0.9]", (64, 4, 1, 4)),
-        ("head_dim: 16, state_size: 4, rms_norm: false, chunk_size: 3", (64, 4, 1, 4)),
-        ("head_dim: 16, state_size: 4, n_groups: 2, norm_before_gate: true, chunk_size: 3", (64, 4, 2, 4)),
+        ("head_dim: 16", (64, 4, 1, 128, 4)),
+        ("head_dim: 8, expand: 1, state_size: 3, num_heads: 4", (32, 4, 1, 3, 4)),
+        ("head_dim: 16, expand: 3, n_groups: 3, state_size: 4, conv_kernel: 2", (96, 6, 3, 4, 2)),
+        ("head_dim: 16, state_size: 4, use_bias: true, use_conv_bias: false", (64, 4, 1, 4, 4)),
+        ("head_dim: 16, state_size: 4, time_step_limit: [0.4, 0.9]", (64, 4, 1, 4, 4)),
+        ("head_dim: 16, state_size: 4, rms_norm: false, chunk_size: 3", (64, 4, 1, 4, 4)),
+        ("head_dim: 16, state_size: 4, n_groups: 2, norm_before_gate: true, chunk_size: 3", (64, 4, 2, 4, 4)),
     ],
 )
-def test_mamba2_is_its_formula(options: str, sizes: tuple[int, int, int, int]) -> None:
-    """Sizes are E, H, G, N: channels, heads, groups of B and C, the state's width."""
+def test_mamba2_is_its_formula(options: str, sizes: tuple[int, int, int, int, int]) -> None:
+    """Sizes are E, H, G, N, W: channels, heads, groups of B and C, the width of the state and of the convolution."""
     mixer, x, out = run(f"kind: mamba2, {options}")
-    E, H, G, N = sizes
+    E, H, G, N, W = sizes
+    assert mixer.conv1d.weight.shape == (E + 2 * G * N, 1, W)
     assert (mixer.in_proj.bias is not None, mixer.out_proj.bias is not None) == ("use_bias: true" in options,) * 2
     assert (mixer.conv1d.bias is None) == ("use_conv_bias: false" in options)
     z, xBC, dt = linear(mixer.in_proj, x).split([E, E + 2 * G * N, H], -1)
