@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attncompiler.artifact import layout
 from attncompiler.artifact.manifest import DType, Weights, damaged
 from attncompiler.emit import CompiledModel
-from attncompiler.emit.weights import initial_value, own_tensors, seed_of, shapes_of
+from attncompiler.emit.weights import described, initial_value, own_tensors, seed_of
 from attncompiler.errors import ArtifactError, Diagnostic, fail
 
 SHARD_BYTES = 5 * 10**9
@@ -35,15 +35,15 @@ SHOWN = 8
 
 
 def refuse_others(model: CompiledModel) -> None:
-    """Raises ArtifactError (E306) unless the model's weights are those it was emitted with, in name, shape and ties.
+    """Raises ArtifactError (E306) unless the model's weights have the names, shapes, ties and kinds it was emitted with.
 
     Nothing else could be loaded again from its spec.
     """
-    own, expected = shapes_of(model), model.emitted_with
+    own, expected = described(model), model.emitted_with
     faults = {
         "its spec does not have": sorted(own.keys() - expected.keys()),
         "are missing": sorted(expected.keys() - own.keys()),
-        "have other shapes than its spec's": [
+        "are not as its spec has them": [
             f"{name} {own[name]} instead of {expected[name]}"
             for name in sorted(own.keys() & expected.keys())
             if own[name] != expected[name]

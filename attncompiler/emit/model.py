@@ -15,7 +15,7 @@ from attncompiler.blocks.head import ClassifierLoss, LMLoss, Pool, SoftCap
 from attncompiler.blocks.norm import make_norm
 from attncompiler.blocks.positions import Positions, StepPositions, no_position
 from attncompiler.emit.trace import Emitted, free_method, share_classes
-from attncompiler.emit.weights import shapes_of
+from attncompiler.emit.weights import described
 from attncompiler.errors import InputError, fail
 from attncompiler.planning import Plan
 from attncompiler.planning.planner import not_causal
@@ -136,7 +136,7 @@ class CompiledModel(Emitted):
     replace the counted ones in rotary and learned positions; segment_ids (B, T) keep packed documents apart.
 
     `spec` and `plan` say what it is; `graphs` holds the graphs of `step` and `loss` beside `graph`; `emitted_with` the
-    shapes of the weights it was emitted with.
+    names, shapes and ties of the weights it was emitted with.
     """
 
     layers: nn.ModuleDict
@@ -150,11 +150,11 @@ class CompiledModel(Emitted):
         spec: ModelSpec | None = None,
         plan: Plan | None = None,
         graphs: Mapping[str, fx.Graph] | None = None,
-        emitted_with: Mapping[str, tuple[int, ...]] | None = None,
+        emitted_with: Mapping[str, str] | None = None,
     ):
         super().__init__(root, graph, "CompiledModel")
         self.spec, self.plan = spec, plan
-        self.emitted_with = shapes_of(self) if emitted_with is None else emitted_with
+        self.emitted_with = described(self) if emitted_with is None else emitted_with
         self.graphs = dict(graphs or {})
         share_classes(self.layers.values())
         for name, method in self.graphs.items():

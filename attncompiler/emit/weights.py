@@ -35,17 +35,37 @@ def initial_value(module: nn.Module, name: str, shape: torch.Size, generator: to
 def own_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Every parameter and persistent buffer once: its first full name, the module that owns it, its name there."""
     seen: set[int] = set()
+    for full_name, module, name, tensor in named_tensors(model):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield full_name, module, name, tensor
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """As `own_tensors`, ties under each of their names."""
     for prefix, module in model.named_modules():
         buffers = [(n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set]
         for name, tensor in [*module._parameters.items(), *buffers]:
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
+            if tensor is not None:
                 yield (f"{prefix}.{name}" if prefix else name), module, name, tensor
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter and persistent buffer, ties once, by its first full name."""
-    return {name: tuple(tensor.shape) for name, _, _, tensor in own_tensors(model)}
+def described(model: nn.Module) -> dict[str, str]:
+    """Every full name of a parameter or persistent buffer, and its shape, or the first name that it is tied to.
+
+    A dtype or layout is told where it does not convert to the floats of another model.
+    """
+    result: dict[str, str] = {}
+    firsts: dict[int, str] = {}
+    for full_name, _, _, tensor in named_tensors(model):
+        if (first := firsts.setdefault(id(tensor), full_name)) != full_name:
+            result[full_name] = f"tied to {first}"
+            continue
+        dense = tensor.layout == torch.strided
+        kind = tensor.dtype if dense else tensor.layout
+        plain = dense and tensor.is_floating_point() and tensor.itemsize > 1
+        result[full_name] = f"{tuple(tensor.shape)}" + ("" if plain else f" of {str(kind).removeprefix('torch.')}")
+    return result
 
 
 def materialise(model: nn.Module, seed: int | None, device: torch.device) -> None:

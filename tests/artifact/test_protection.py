@@ -256,20 +256,38 @@ def test_savers_and_readers_of_one_path_do_not_meet(trained: Path) -> None:
     assert list(trained.parent.iterdir()) == [trained]
 
 
-@pytest.mark.parametrize("change", ["untied", "resized", "extra", "buffer"])
-def test_what_could_not_be_loaded_is_not_saved(trained: Path, change: str) -> None:
-    model = train(build())
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("untied", r"lm_head\.weight \(31, 16\) instead of tied to embed_tokens\.weight"),
+        ("retied", r"lm_head\.weight tied to layers\.2\.mlp\.up_proj\.weight instead of tied to embed_tokens\.weight"),
+        ("resized", r"embed_tokens\.weight \(40, 16\) instead of \(31, 16\)"),
+        ("extra", r"2 weights its spec does not have: extra\.bias, extra\.weight"),
+        ("buffer", "1 weights its spec does not have: extra"),
+        ("int8", r"norm\.weight \(16,\) of int8 instead of \(16,\)"),
+        ("float8_e4m3fn", r"norm\.weight \(16,\) of float8_e4m3fn instead of \(16,\)"),
+        ("complex64", r"norm\.weight \(16,\) of complex64 instead of \(16,\)"),
+        ("sparse", r"norm\.weight \(16,\) of sparse_coo instead of \(16,\)"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(trained: Path, change: str, named: str) -> None:
+    model = train(build("model.mlp.intermediate_size=31"))
     if change == "untied":
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    elif change == "retied":
+        model.lm_head.weight = model.layers["2"].mlp.up_proj.weight
     elif change == "resized":
         model.embed_tokens.weight = model.lm_head.weight = torch.nn.Parameter(torch.zeros(40, 16))
     elif change == "extra":
         model.extra = torch.nn.Linear(2, 2)
-    else:
+    elif change == "buffer":
         model.register_buffer("extra", torch.ones(3))
+    else:
+        weight = model.norm.weight.detach()
+        changed = weight.to_sparse() if change == "sparse" else weight.to(getattr(torch, change))
+        model.norm.weight = torch.nn.Parameter(changed, requires_grad=False)
     before = content(trained.parent)
-    named = {"untied": "lm_head.weight", "resized": r"embed_tokens.weight \(40, 16\) instead of \(31, 16\)"}
-    with pytest.raises(AttnCompilerError, match=f"E306 .*{named.get(change, 'extra')}"):
+    with pytest.raises(AttnCompilerError, match=f"E306 .*{named}"):
         attncompiler.save(model, trained)
     assert content(trained.parent) == before
 
