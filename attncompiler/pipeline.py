@@ -25,6 +25,7 @@ from attncompiler.targets.target import Target
 if TYPE_CHECKING:
     import torch
 
+    from attncompiler.artifact import Artifact
     from attncompiler.emit import CompiledModel
 
 Source = str | os.PathLike[str] | ModelSpec
@@ -139,31 +140,19 @@ def load(
     """
     from attncompiler import artifact
 
-    path = Path(path)
-    for _ in range(SAVES_OVERTAKEN):
-        before = artifact.stamp(path)
-        try:
-            return _load(path, device, dtype, locked)
-        except ArtifactError:
-            if artifact.stamp(path) == before:
-                raise
-    return _load(path, device, dtype, locked)
+    return artifact.undisturbed(Path(path), lambda stored: _load(stored, device, dtype, locked))
 
 
-SAVES_OVERTAKEN = 16
-"""times that `load` begins again because another process has replaced the artifact meanwhile"""
-
-
-def _load(path: Path, device: str | torch.device | None, dtype: torch.dtype | None, locked: bool) -> CompiledModel:
-    from attncompiler import artifact
+def _load(
+    stored: Artifact, device: str | torch.device | None, dtype: torch.dtype | None, locked: bool
+) -> CompiledModel:
     from attncompiler.emit import emit
 
-    stored = artifact.read(path)
     spec = _in_dtype(stored.spec, dtype or stored.dtype)
     device = _device(device, None)
     planned = _plan_here(spec, device, None).require(spec)
     if locked and (stored.plan is None or planned.choices() != stored.plan.choices()):
-        raise fail(ArtifactError, "E305", f"{path} was planned for other hardware than {planned.target}")
+        raise fail(ArtifactError, "E305", f"{stored.path} was planned for other hardware than {planned.target}")
     model = emit(spec, planned, device=device, draw=not stored.has_weights)
     if stored.has_weights and device != "meta":
         stored.load_into(model)

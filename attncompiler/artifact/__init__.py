@@ -10,8 +10,7 @@
 Hashes detect damage, not an attacker; against an attacker stands that every file is data to the reader.
 """
 
-from attncompiler.artifact.manifest import stamp
-from attncompiler.artifact.read import Artifact, read
+from attncompiler.artifact.read import Artifact, read, undisturbed
 from attncompiler.artifact.write import write
 
-__all__ = ["Artifact", "read", "stamp", "write"]
+__all__ = ["Artifact", "read", "undisturbed", "write"]

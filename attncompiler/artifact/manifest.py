@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,37 +92,27 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def stamp(path: Path) -> tuple[int, int] | None:
-    """What tells one save to `path` from the next; None while there is none."""
-    try:
-        found = (path / layout.MANIFEST).stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_ino, found.st_mtime_ns
+def verify_files(path: Path, manifest: Manifest) -> tuple[str, ...]:
+    """How files that are only for reading differ from what was written: weights are worth more than they.
 
-
-def verify_files(path: Path, manifest: Manifest) -> None:
-    """Raises ArtifactError naming every file that is missing (E301), or truncated or changed (E302).
-
-    Of what is only for reading it warns (ArtifactWarning): nothing is loaded from there, and weights are worth more.
+    Raises ArtifactError naming every other file that is missing (E301), or truncated or changed (E302).
     """
-    missing = [name for name in manifest.files if not (path / name).is_file()]
-    changed = {
-        name: how
-        for name, record in manifest.files.items()
-        if name not in missing and (how := _changed(path / name, record)) is not None
-    }
-    for name in layout.FOR_READING & {*missing, *changed}:
-        what = changed.get(name, f"{name} is missing")
-        warnings.warn(
-            f"{path}: {what}; it is for reading, and nothing is loaded from it", ArtifactWarning, stacklevel=2
-        )
-    missing = [name for name in missing if name not in layout.FOR_READING]
+    loaded = {name: record for name, record in manifest.files.items() if name not in layout.FOR_READING}
+    missing = [name for name in loaded if not (path / name).is_file()]
     if missing:
         raise fail(ArtifactError, "E301", f"{path} lacks {', '.join(missing)}", remedy=RESTORE)
-    causes = [how for name, how in changed.items() if name not in layout.FOR_READING]
+    causes = [how for name, record in loaded.items() if (how := _changed(path / name, record)) is not None]
     if causes:
         raise damaged(path, "; ".join(causes))
+    for_reading = [(path / name, record) for name, record in manifest.files.items() if name in layout.FOR_READING]
+    return tuple(how for file, record in for_reading if (how := _altered(file, record)) is not None)
+
+
+def _altered(path: Path, record: FileRecord) -> str | None:
+    try:
+        return _changed(path, record) if path.is_file() else f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror or error})"
 
 
 def _changed(path: Path, record: FileRecord) -> str | None:

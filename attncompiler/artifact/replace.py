@@ -52,6 +52,39 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def stamp(path: Path) -> tuple[tuple[int, int] | None, ...]:
+    """What tells one save to `path` from the next, also while one is between its renames."""
+    try:
+        path = layout.resolved(path)
+    except OSError:
+        return ()
+    return tuple(_identity(folder / layout.MANIFEST) for folder in (path, _aside(path)))
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A block in which nobody replaces the artifact at `path`, put back first if a crash left it aside.
+
+    Raises ArtifactError (E301) when it cannot be put back or reached.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path = layout.resolved(path)
+            stack.enter_context(_alone(path))
+        except OSError as error:
+            raise fail(ArtifactError, "E301", f"{path} cannot be read: {error.strerror or error}") from error
+        _recover(path)
+        yield
+
+
 def standing(path: Path) -> Path:
     """Where a reader finds the artifact of `path`: there, put back first if a crash left it aside.
 

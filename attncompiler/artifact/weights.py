@@ -35,7 +35,7 @@ SHOWN = 8
 
 
 def refuse_others(model: CompiledModel) -> None:
-    """Raises ArtifactError (E306) unless the model's weights have the names, shapes, ties and kinds it was emitted with.
+    """Raises ArtifactError (E306) unless the model's weights have the names, shapes, ties and kinds of its emission.
 
     Nothing else could be loaded again from its spec.
     """

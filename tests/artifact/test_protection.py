@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from artifact_models import build
 import attncompiler
 from attncompiler import AttnCompilerError, artifact
 from attncompiler.artifact import replace, weights
+from attncompiler.artifact.read import OVERTAKEN
 from attncompiler.emit import CompiledModel
 
 
@@ -254,6 +257,63 @@ def test_savers_and_readers_of_one_path_do_not_meet(trained: Path) -> None:
         for done in [pool.submit(work, index) for index in range(3) for work in (save, load)]:
             done.result()
     assert list(trained.parent.iterdir()) == [trained]
+
+
+def saves_meanwhile(monkeypatch: pytest.MonkeyPatch, path: Path, models: list[CompiledModel]) -> None:
+    """Each load is met by the save of the next of the models, between its reading of the spec and of the weights."""
+    fill = artifact.Artifact.load_into
+
+    def overtaken(stored: artifact.Artifact, model: CompiledModel) -> None:
+        if models:
+            attncompiler.save(models.pop(0), path)
+        fill(stored, model)
+
+    monkeypatch.setattr(artifact.Artifact, "load_into", overtaken)
+
+
+def test_a_load_never_joins_the_spec_of_one_save_to_the_weights_of_another(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wider = train(train(build("policies.near.pattern.window=8")))
+    saves_meanwhile(monkeypatch, trained, [wider])
+    loaded = attncompiler.load(trained, device="cpu")
+    assert loaded.spec == wider.spec
+    assert torch.all(loaded.norm.weight == 2)
+
+
+def test_a_load_that_is_overtaken_again_and_again_has_savers_wait(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves_meanwhile(monkeypatch, trained, [train(build(f"seed={seed}")) for seed in range(OVERTAKEN)])
+    waited = []
+
+    @contextlib.contextmanager
+    def held(path: Path) -> Iterator[None]:
+        with ThreadPoolExecutor(1) as pool, replace.held(path):
+            last = pool.submit(attncompiler.save, train(build("seed=9")), path)
+            yield
+            waited.append(not wait([last], timeout=0.5).done)
+
+    monkeypatch.setitem(artifact.read.__globals__, "held", held)
+    assert attncompiler.load(trained, device="cpu").spec.seed == OVERTAKEN - 1
+    assert waited == [True]
+    assert attncompiler.load(trained, device="cpu").spec.seed == 9
+
+
+def test_a_load_that_is_overtaken_does_not_warn(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file for reading that went with the old folder is not missing."""
+    verify, models = artifact.read.__globals__["verify_files"], [train(build())]
+
+    def overtaken(path: Path, manifest: Any) -> Any:
+        if not models:
+            return verify(path, manifest)
+        (path / "report.html").unlink()
+        found = verify(path, manifest)
+        attncompiler.save(models.pop(), path)
+        return found
+
+    monkeypatch.setitem(artifact.read.__globals__, "verify_files", overtaken)
+    attncompiler.load(trained, device="cpu")
 
 
 @pytest.mark.parametrize(
