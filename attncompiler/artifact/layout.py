@@ -35,11 +35,14 @@ def is_ours(name: str) -> bool:
 
 
 def resolved(path: Path) -> Path:
-    """The absolute path without links. Raises OSError, also for what is no path at all."""
+    """The absolute path without links. Raises OSError, also for what is no path at all, and for a root."""
     try:
-        return path.resolve()
+        found = path.resolve()
     except ValueError as error:  # a NUL byte
         raise OSError(errno.EINVAL, str(error), str(path)) from None
+    if not found.name:
+        raise OSError(errno.EINVAL, "it is a root folder, with nothing beside it", str(path))
+    return found
 
 
 def is_artifact(path: Path) -> bool:

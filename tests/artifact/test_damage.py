@@ -82,6 +82,9 @@ def test_what_is_for_reading_is_warned_of_and_keeps_no_weights_from_their_owner(
 def test_what_is_no_artifact_is_told(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", r"E301 .*does not exist")
     refused(tmp_path, r"E301 .*no manifest\.json")
+    refused(Path("/"), r"E301 / cannot be read: it is a root")
+    with pytest.raises(AttnCompilerError, match=r"E601 / cannot be written: it is a root"):
+        attncompiler.save(build(), "/")
     (tmp_path / "file").write_text("x")
     refused(tmp_path / "file", r"E301 .*not a folder")
 
