@@ -12,7 +12,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,11 +26,12 @@ except ImportError:  # not POSIX: savers of one path must not overlap there
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, allow: Callable[[Path], None]) -> Iterator[Path]:
     """A new folder that becomes `path` when the block ends well, and vanishes when it does not.
 
-    Files of the old folder that are not an artifact's own are kept. Raises ArtifactError (E301) when something other
-    than an artifact or an empty folder stands at `path`, and OSError; both leave what was there.
+    `allow` raises where what stands at `path` by then must stay: another saver may have put it there. Files of the old
+    folder that are not an artifact's own are kept. Raises ArtifactError (E301) when something other than an artifact or
+    an empty folder stands at `path`, and OSError; both leave what was there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path):
@@ -45,8 +46,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield new
         _sync_tree(new)
         with _alone(path):
+            allow(path)
             if path.exists():
                 _keep_others(path, new)
+                _sync_tree(new)
             _swap(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -91,7 +94,8 @@ def standing(path: Path) -> Path:
     While another process is between its two renames it is read where it stands, aside: to put it back would break
     that save. Raises ArtifactError (E301) when it cannot be put back.
     """
-    if not layout.is_artifact(path) and any(_is_alive(writer) and writer != os.getpid() for writer in _writers(path)):
+    writers = () if layout.is_artifact(path) else _writers(path)
+    if _aside(path).is_dir() and any(_is_alive(writer) and writer != os.getpid() for writer in writers):
         return _aside(path)
     recover(path)
     return path
@@ -116,6 +120,8 @@ def _alone(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # to close is not enough: a child forked meanwhile has a copy
         os.close(descriptor)
 
 

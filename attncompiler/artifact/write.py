@@ -37,14 +37,18 @@ def write(model: CompiledModel, path: Path, *, force: bool = False) -> Path:
         recover(path)
         weights.refuse_others(model)
         found = weights.origin(model, model.spec.seed)
-        if not force and found != "trained":
-            _refuse_to_lose_training(path)
-        with replacing(path) as folder:
+        allow = _allow_all if force or found == "trained" else _refuse_to_lose_training
+        allow(path)
+        with replacing(path, allow) as folder:
             _write_files(model, model.spec, model.plan, found, folder)
     except OSError as error:
         cause = "its disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise fail(UsageError, "E601", f"{path} cannot be written: {cause}") from error
     return path
+
+
+def _allow_all(_: Path) -> None:
+    pass
 
 
 def _refuse_to_lose_training(path: Path) -> None:

@@ -60,6 +60,23 @@ def test_a_build_never_replaces_trained_weights(trained: Path, device: str) -> N
     assert artifact.read(trained).manifest.weights == ("none" if device == "meta" else "initial")
 
 
+def test_weights_that_are_trained_while_a_build_is_written_stay(
+    saved: Path, model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, trained = weights.store, [train(build())]
+
+    def meanwhile(*arguments: Any) -> Any:
+        if trained:
+            attncompiler.save(trained.pop(), saved)
+        return store(*arguments)
+
+    monkeypatch.setattr(weights, "store", meanwhile)
+    with pytest.raises(AttnCompilerError, match=r"E304 .*trained weights"):
+        artifact.write(model, saved)
+    assert torch.all(attncompiler.load(saved, device="cpu").norm.weight == 1.5)
+    assert list(saved.parent.iterdir()) == [saved]
+
+
 def test_weights_of_unknown_origin_count_as_trained(saved: Path, model: CompiledModel) -> None:
     (saved / "manifest.json").write_text("{}")
     before = content(saved)
@@ -90,6 +107,23 @@ def test_other_files_in_an_artifact_stay(trained: Path, model: CompiledModel) ->
     assert (trained / "optimizer" / "state.safetensors").read_bytes() == b"moments"
     assert (trained / "notes.txt").read_text() == "mine"
     assert (trained / "link").is_symlink()
+
+
+def test_other_files_are_on_the_disk_before_the_old_folder_goes(
+    trained: Path, model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trained / "notes.txt").write_text("mine")
+    synced: list[tuple[str, ...]] = []
+    sync = replace._sync
+
+    def recording(path: Path) -> None:
+        if path.is_dir() and path != trained.parent:
+            synced.append(tuple(entry.name for entry in path.iterdir()))
+        sync(path)
+
+    monkeypatch.setattr(replace, "_sync", recording)
+    attncompiler.save(model, trained)
+    assert "notes.txt" in synced[-1]
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
@@ -314,6 +348,39 @@ def test_a_load_that_is_overtaken_does_not_warn(trained: Path, monkeypatch: pyte
 
     monkeypatch.setitem(artifact.read.__globals__, "verify_files", overtaken)
     attncompiler.load(trained, device="cpu")
+
+
+@pytest.mark.skipif(replace.fcntl is None, reason="no locks here")
+def test_a_process_forked_during_a_save_does_not_keep_the_lock(
+    saved: Path, model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that lives on, as a data loader's worker does, holds copies of every descriptor."""
+    real, copies = os.open, []
+
+    def inherited(*arguments: Any, **named: Any) -> int:
+        descriptor = real(*arguments, **named)
+        if arguments[0] == saved.parent:
+            copies.append(os.dup(descriptor))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", inherited)
+    with replace.held(saved):
+        pass
+    monkeypatch.undo()
+    free = os.open(saved.parent, os.O_RDONLY)
+    try:
+        assert copies
+        replace.fcntl.flock(free, replace.fcntl.LOCK_EX | replace.fcntl.LOCK_NB)
+    finally:
+        for descriptor in (free, *copies):
+            os.close(descriptor)
+
+
+def test_a_first_save_under_way_is_no_artifact_yet(tmp_path: Path) -> None:
+    """It is told of by the name it was asked for."""
+    (tmp_path / f"{replace._prefix(tmp_path / 'small')}{os.getppid()}-0").mkdir()
+    with pytest.raises(AttnCompilerError, match=r"E301 .*/small does not exist"):
+        attncompiler.load(tmp_path / "small", device="cpu")
 
 
 @pytest.mark.parametrize(
