@@ -20,6 +20,7 @@ MAX_TEXT = 64 * 2**20
 
 RESTORE = "restore it from a copy; building the spec again gives untrained weights"
 """what to do about a file that is not as it was written"""
+OTHER_VERSION = "load it with the attncompiler that wrote it; building the spec again gives untrained weights"
 
 Weights = Literal["initial", "trained", "none"]
 DType = Literal["float64", "float32", "bfloat16", "float16"]
@@ -76,7 +77,7 @@ def read_manifest(path: Path) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else None
         message = f"{path} has format {found!r}, and this version reads {FORMAT}"
-        raise fail(ArtifactError, "E303", message, remedy="build the spec again")
+        raise fail(ArtifactError, "E303", message, remedy=OTHER_VERSION)
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:

@@ -134,7 +134,7 @@ class Plan(StrictModel):
                 ArtifactError,
                 "E303",
                 f"the plan has format {version!r}, and this version reads {FORMAT}",
-                remedy="build the spec again",
+                remedy="read it with the attncompiler that wrote it, or plan the spec again",
             )
         try:
             found = cls.model_validate_json(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import shutil
@@ -67,11 +68,20 @@ def test_every_damaged_file_is_named_at_once(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FOR_READING)
-@pytest.mark.parametrize("how", ["edited", "deleted"])
+@pytest.mark.parametrize("how", ["edited", "deleted", "unreadable"])
 def test_what_is_for_reading_is_warned_of_and_keeps_no_weights_from_their_owner(
-    saved: Path, name: str, how: str
+    saved: Path, name: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if how == "edited":
+    real = Path.open
+
+    def denied(path: Path, *arguments: Any, **named: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *arguments, **named)
+
+    if how == "unreadable":
+        monkeypatch.setattr(Path, "open", denied)
+    elif how == "edited":
         (saved / name).write_text((saved / name).read_text() + "raise SystemExit\n")
     else:
         (saved / name).unlink()
@@ -100,7 +110,7 @@ def test_a_manifest_of_nonsense_is_refused(saved: Path, text: str) -> None:
 
 def test_another_version_is_named(saved: Path) -> None:
     forge(saved, format=2)
-    refused(saved, r"E303 .*format 2.*reads 1.*build the spec again")
+    refused(saved, r"E303 .*format 2.*reads 1.*load it with the attncompiler that wrote it.*untrained weights")
 
 
 @pytest.mark.parametrize("which", ["emitted", "listed"])
