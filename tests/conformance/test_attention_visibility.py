@@ -141,8 +141,8 @@ def test_every_visible_key_is_visited_exactly_once(inputs: Call, pattern: Any, s
         patch.setattr(chunkwise, "KEYS", keys)
         for block in chunkwise._blocks(inputs, pattern, view.kv_positions):
             for columns in chunkwise._tiles(block.columns):
-                hidden = view.hidden(block, columns)
-                shown = 1 if hidden is None else (~hidden[:, 0, 0]).long()
+                bias = view.bias(block, columns, torch.float32)
+                shown = 1 if bias is None else (bias[:, 0, 0] == 0).long()
                 visits[block.batch, block.rows, columns] += shown
     assert torch.equal(visits, seen.long())
 

@@ -2,15 +2,17 @@
 
 The softmax is taken online over the tiles (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), the
 backward recomputes the probabilities from the lse (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 4).
-Memory is linear in the length, and so is the work under a window.
+Memory is linear in the length, and so is the work under a window. Scores are in base 2, for its exponential: on a CPU
+torch's natural one (MKL's) takes some 20 times longer where it underflows, as it does at each hidden score.
 
 Shapes: g = H / K query heads read one key head; a block of t queries is (B, K, g·t, D), so that no key is repeated.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,8 +24,11 @@ from attncompiler.runtime.implementation import Implementation, Tensors
 
 QUERIES = 128
 KEYS = 512
+ALIGNMENT = 16
+"""Ranges of keys begin and end at multiples of it: a matrix product of 383 costs up to twice that of 384."""
 TILE = 2**22
 """Scores that are held at once, when one sequence does not already need more: larger batches go in parts."""
+LOG2_E = 1 / math.log(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,7 @@ def _runs(inputs: Tensors, kv_positions: Tensor) -> list[Runs]:
 def _columns(pattern: object, first: int, last: int, S: int, runs: Runs | None) -> tuple[slice, ...]:
     """Ranges of keys for the queries of index first to last; the index of a query is that of the key beside it."""
     low, high = _index_range(pattern, first, last)
+    low, high = low - low % ALIGNMENT, high + -high % ALIGNMENT
     low, high = max(low, runs.begin[first] if runs else 0), min(high, runs.end[last] if runs else S)
     tokens = _global_tokens(pattern)
     if _rows_are_global(pattern):
@@ -141,6 +147,8 @@ class View:
     real: tuple[Tensor, Tensor] | None
     offset: int | None
     """S − T where positions are plain indices and the pattern alone decides"""
+    biases: dict[tuple[int, int, int] | None, Tensor] = field(default_factory=dict)
+    """by `_place`"""
 
     @classmethod
     def of(cls, inputs: Tensors, pattern: object) -> View:
@@ -155,10 +163,27 @@ class View:
             offset=S - T if plain else None,
         )
 
-    def hidden(self, block: Block, columns: slice) -> Tensor | None:
-        """Which keys of a tile its queries do not see, (b or 1, 1, 1, t, s); None when they see all of them."""
+    def bias(self, block: Block, columns: slice, dtype: torch.dtype) -> Tensor | None:
+        """What a tile's scores gain, (b or 1, 1, 1, t, s): −∞ where hidden, else 0; None where all is seen."""
         if self.offset is not None and self._sees_all(block.rows, columns):
             return None
+        place = self._place(block.rows, columns)
+        if place in self.biases:
+            return self.biases[place]
+        hidden = self._hidden(block, columns)
+        # on a CPU an addition is several times faster than a fill of all heads by one mask
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        if place is not None:
+            self.biases[place] = bias
+        return bias
+
+    def _place(self, rows: slice, columns: slice) -> tuple[int, int, int] | None:
+        """What decides the bias of a tile where the distances of its tokens do: where none of them is a global one."""
+        if self.offset is None or min(columns.start, rows.start + self.offset) < _global_tokens(self.pattern):
+            return None
+        return columns.start - rows.start, rows.stop - rows.start, columns.stop - columns.start
+
+    def _hidden(self, block: Block, columns: slice) -> Tensor:
         batch, rows = block.batch, block.rows
 
         def pair(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,13 +236,11 @@ def _keys(tensor: Tensor, block: Block, columns: slice, dtype: torch.dtype) -> T
     return tensor[block.batch, columns].to(dtype).transpose(1, 2)
 
 
-def _scores(queries: Tensor, keys: Tensor, hidden: Tensor | None) -> Tensor:
+def _scores(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     """(b, K, g·t, s), −∞ where hidden."""
     scores = queries @ keys.transpose(-1, -2)
-    if hidden is not None:
-        # on a CPU an addition is several times faster than a fill of all heads by one mask
-        mask = torch.zeros(hidden.shape, dtype=scores.dtype, device=scores.device).masked_fill_(hidden, -torch.inf)
-        scores.unflatten(2, (-1, hidden.shape[-2])).add_(mask)
+    if bias is not None:
+        scores.unflatten(2, (-1, bias.shape[-2])).add_(bias)
     return scores
 
 
@@ -232,19 +255,20 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     view = View.of(inputs, options.pattern)
     out, lse = q.new_empty(B, T, H, V), q.new_empty(B, H, T, dtype=dtype)
     for block in _blocks(inputs, options.pattern, view.kv_positions):
-        queries = _grouped(q[block.batch, block.rows], k.shape[2], dtype) * options.softmax_scale(D)
+        queries = _grouped(q[block.batch, block.rows], k.shape[2], dtype) * (options.softmax_scale(D) * LOG2_E)
         largest = queries.new_full((*queries.shape[:-1], 1), -torch.inf)
         total, weighted = torch.zeros_like(largest), queries.new_zeros(*queries.shape[:-1], V)
         for columns in _tiles(block.columns):
-            weights = _scores(queries, _keys(k, block, columns, dtype), view.hidden(block, columns))
+            weights = _scores(queries, _keys(k, block, columns, dtype), view.bias(block, columns, dtype))
             before, largest = largest, torch.maximum(largest, weights.amax(-1, keepdim=True))
             base = largest.masked_fill(largest == -torch.inf, 0.0)
-            weights.sub_(base).exp_()
-            kept = (before - base).exp_()
+            weights.sub_(base).exp2_()
+            kept = (before - base).exp2_()
             total = total * kept + weights.sum(-1, keepdim=True)
             weighted = weighted * kept + weights @ _keys(v, block, columns, dtype)
         length = block.rows.stop - block.rows.start
-        lse[block.batch, :, block.rows] = (largest + total.log()).squeeze(-1).unflatten(2, (-1, length)).flatten(1, 2)
+        rows = ((largest + total.log2()) / LOG2_E).squeeze(-1)
+        lse[block.batch, :, block.rows] = rows.unflatten(2, (-1, length)).flatten(1, 2)
         out[block.batch, block.rows] = _ungrouped(weighted / total.masked_fill(total == 0, 1.0), length)
     return {"out": out, "lse": lse}
 
@@ -261,22 +285,22 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         _accumulator(v, dtype),
     )
     for block in _blocks(inputs, options.pattern, view.kv_positions):
-        queries = _grouped(q[block.batch, block.rows], kv_heads, dtype) * scale
+        queries = _grouped(q[block.batch, block.rows], kv_heads, dtype) * (scale * LOG2_E)
         dweighted = _grouped(dout[block.batch, block.rows], kv_heads, dtype)
         delta = (dweighted * _grouped(outputs["out"][block.batch, block.rows], kv_heads, dtype)).sum(-1, keepdim=True)
         length = block.rows.stop - block.rows.start
         lse = outputs["lse"][block.batch, :, block.rows].unflatten(1, (kv_heads, -1)).flatten(2, 3)[..., None]
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing has only weights of 0
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf) * LOG2_E  # a row that sees nothing has only weights of 0
         dqueries = torch.zeros_like(queries)
         for columns in _tiles(block.columns):
             keys, values = _keys(k, block, columns, dtype), _keys(v, block, columns, dtype)
-            weights = _scores(queries, keys, view.hidden(block, columns)).sub_(lse).exp_()
+            weights = _scores(queries, keys, view.bias(block, columns, dtype)).sub_(lse).exp2_()
             dv[block.batch, columns] += (weights.transpose(-1, -2) @ dweighted).transpose(1, 2)
             dscores = (dweighted @ values.transpose(-1, -2)).sub_(delta).mul_(weights)
             dk[block.batch, columns] += (dscores.transpose(-1, -2) @ queries).transpose(1, 2)
             dqueries += dscores @ keys
         dq[block.batch, block.rows] = _ungrouped(dqueries.mul_(scale), length)
-    return {"q": dq, "k": dk.to(k.dtype), "v": dv.to(v.dtype)}
+    return {"q": dq, "k": dk.div_(LOG2_E).to(k.dtype), "v": dv.to(v.dtype)}
 
 
 def _accumulator(tensor: Tensor, dtype: torch.dtype) -> Tensor:
