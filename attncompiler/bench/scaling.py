@@ -59,6 +59,9 @@ def work(mixer: Mixer, length: int, forward_only: bool) -> Work:
     """One call on inputs of that length, made once, with the gradients of all of them unless `forward_only`."""
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES[mixer](length).items()}
+    for name, tensor in inputs.items():
+        if name.endswith("_projection"):
+            tensor.mul_(len(tensor) ** -0.5)  # as a layer's start
     if not forward_only:
         inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
 

@@ -2,21 +2,20 @@
 
 The softmax is taken online over the tiles (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), the
 backward recomputes the probabilities from the lse (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 4).
-Memory is linear in the length, and so is the work under a window. Scores are in base 2, for its exponential: on a CPU
-torch's natural one (MKL's) takes some 20 times longer where it underflows, as it does at each hidden score.
+Memory is linear in the length, and so is the work under a window. Scores are in base 2, whose exponential is faster.
 
 Shapes: g = H / K query heads read one key head; a block of t queries is (B, K, g·t, D), so that no key is repeated.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from attncompiler.blocks.underflow import LOG2_E, exp2_
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, Full, SlidingWindow
 from attncompiler.mechanisms.attention.visibility import pattern_visible, positions, query_mask
@@ -28,7 +27,6 @@ ALIGNMENT = 16
 """Ranges of keys begin and end at multiples of it: a matrix product of 383 costs up to twice that of 384."""
 TILE = 2**22
 """Scores that are held at once, when one sequence does not already need more: larger batches go in parts."""
-LOG2_E = 1 / math.log(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +260,7 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
             weights = _scores(queries, _keys(k, block, columns, dtype), view.bias(block, columns, dtype))
             before, largest = largest, torch.maximum(largest, weights.amax(-1, keepdim=True))
             base = largest.masked_fill(largest == -torch.inf, 0.0)
-            weights.sub_(base).exp2_()
+            weights = exp2_(weights.sub_(base))
             kept = (before - base).exp2_()
             total = total * kept + weights.sum(-1, keepdim=True)
             weighted = weighted * kept + weights @ _keys(v, block, columns, dtype)
@@ -294,7 +292,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         dqueries = torch.zeros_like(queries)
         for columns in _tiles(block.columns):
             keys, values = _keys(k, block, columns, dtype), _keys(v, block, columns, dtype)
-            weights = _scores(queries, keys, view.bias(block, columns, dtype)).sub_(lse).exp2_()
+            weights = exp2_(_scores(queries, keys, view.bias(block, columns, dtype)).sub_(lse))
             dv[block.batch, columns] += (weights.transpose(-1, -2) @ dweighted).transpose(1, 2)
             dscores = (dweighted @ values.transpose(-1, -2)).sub_(delta).mul_(weights)
             dk[block.batch, columns] += (dscores.transpose(-1, -2) @ queries).transpose(1, 2)

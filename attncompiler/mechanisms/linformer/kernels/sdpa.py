@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from attncompiler.blocks.underflow import flush_
 from attncompiler.mechanisms.linformer.op import LinformerOptions
 from attncompiler.mechanisms.linformer.padding import columns, query_mask
 from attncompiler.runtime.implementation import Implementation, Tensors
@@ -63,7 +64,7 @@ def _attend_backward(
         q_part, grad_part = _wide(q[:, part]).transpose(1, 2), _wide(grad[:, part]).transpose(1, 2)
         if mask is not None:
             grad_part = grad_part * query_mask(mask, T)[:, None, part, None]
-        probabilities = (q_part @ keys.mT).mul_(scale).softmax(-1)
+        probabilities = flush_((q_part @ keys.mT).mul_(scale).softmax(-1))
         dvalues += probabilities.mT @ grad_part
         dprobabilities = grad_part @ values.mT
         dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype).mul_(scale)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attncompiler.blocks.segments import run_numbers
+from attncompiler.blocks.underflow import LOG2_E, exp2_
 from attncompiler.mechanisms.mamba2.op import Mamba2Options
 from attncompiler.runtime.implementation import Implementation, Tensors
 
@@ -128,19 +129,19 @@ class Call:
         if self.padding is not None:
             delta.masked_fill_(self.padding[:, rows].unflatten(1, (n, -1))[..., None], 0)
         b, c = (self.load(inputs[name], rows, n).transpose(2, 3) for name in ("b", "c"))
-        log_decay = (delta * inputs["a"]).transpose(2, 3).contiguous()
+        log_decay = (delta * (inputs["a"] * LOG2_E)).transpose(2, 3).contiguous()
         within, from_start, to_end = self._decays(log_decay, rows, n)
         return Block(x, raw, delta, b, c, delta[..., None] * x, within, from_start, to_end)
 
     def _decays(self, log_decay: Tensor, rows: slice, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`within`, `from_start` and `to_end` of a block, from each token's Δ·A (B, n, H, Q).
+        """`within`, `from_start` and `to_end` of a block, from the base-2 logarithm of each token's (B, n, H, Q).
 
         L[i] − L[j] is summed as it is: the difference of two long sums would lose what a short one has.
         """
         Q = log_decay.shape[-1]
         lower = torch.ones(Q, Q, dtype=log_decay.dtype, device=log_decay.device).tril_()
-        within = (log_decay[..., None] * lower.tril(-1)).cumsum(-2).exp_().mul_(lower)
-        from_start = log_decay.cumsum(-1).exp_()
+        within = exp2_((log_decay[..., None] * lower.tril(-1)).cumsum(-2)).mul_(lower)
+        from_start = exp2_(log_decay.cumsum(-1))
         if self.runs is not None:
             runs = self.runs[:, rows].unflatten(1, (n, -1))[:, :, None]
             within.masked_fill_(runs[..., :, None] != runs[..., None, :], 0)
