@@ -265,8 +265,8 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
             total = total * kept + weights.sum(-1, keepdim=True)
             weighted = weighted * kept + weights @ _keys(v, block, columns, dtype)
         length = block.rows.stop - block.rows.start
-        rows = ((largest + total.log2()) / LOG2_E).squeeze(-1)
-        lse[block.batch, :, block.rows] = rows.unflatten(2, (-1, length)).flatten(1, 2)
+        normaliser = ((largest + total.log2()) / LOG2_E).squeeze(-1)
+        lse[block.batch, :, block.rows] = normaliser.unflatten(2, (-1, length)).flatten(1, 2)
         out[block.batch, block.rows] = _ungrouped(weighted / total.masked_fill(total == 0, 1.0), length)
     return {"out": out, "lse": lse}
 
