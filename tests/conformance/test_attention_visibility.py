@@ -10,23 +10,30 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attncompiler.mechanisms.attention.cases import PATTERNS
 from attncompiler.mechanisms.attention.kernels import chunkwise
-from attncompiler.mechanisms.attention.pattern import Causal, Full, SlidingWindow
+from attncompiler.mechanisms.attention.op import AttentionOptions
+from attncompiler.mechanisms.attention.pattern import (
+    Causal,
+    Chunked,
+    Full,
+    LocalGlobal,
+    Pattern,
+    Random,
+    SlidingWindow,
+    Strided,
+)
+from attncompiler.mechanisms.attention.random_blocks import drawn
 from attncompiler.mechanisms.attention.visibility import visible
 
 Call = dict[str, Tensor]
-
-PATTERNS = st.one_of(
-    st.just(Causal()),
-    st.just(Full()),
-    st.builds(SlidingWindow, window=st.integers(1, 9), global_tokens=st.integers(0, 4), causal=st.booleans()),
-)
 
 
 def call(T: int, S: int, **masks: Tensor) -> Call:
     """The tensors of a call that visibility reads: of queries and keys only their lengths count."""
     B = max((len(tensor) for tensor in masks.values()), default=1)
-    return {"q": torch.zeros(B, T, 1, 1), "k": torch.zeros(B, S, 1, 1), **masks}
+    keys = torch.zeros(B, S, 1, 1)
+    return {"q": torch.zeros(B, T, 1, 1), "k": keys, "v": keys, **masks}
 
 
 @st.composite
@@ -62,16 +69,27 @@ def padding(kind: str, count: int, S: int) -> Tensor:
 # --- the formulas, as the table of patterns says them ---------------------------------------------------------------
 
 
-def sees(pattern: object, i: int, j: int) -> bool:
+def sees(pattern: Pattern, i: int, j: int, layer: int, length: int) -> bool:
+    """DESIGN's table, row by row; `length` is how many keys the sequence has."""
+    if pattern.causal and j > i:
+        return False
     match pattern:
-        case Full():
+        case Full() | Causal():
             return True
-        case Causal():
-            return j <= i
-        case SlidingWindow(window=window, global_tokens=tokens, causal=True):
-            return j <= i and (i - j < window or j < tokens)
-        case SlidingWindow(window=window, global_tokens=tokens):
-            return abs(i - j) < window or j < tokens or i < tokens
+        case SlidingWindow(window=window, global_tokens=tokens, causal=causal):
+            return abs(i - j) < window or j < tokens or (not causal and i < tokens)
+        case Chunked(chunk=chunk):
+            return i // chunk == j // chunk
+        case Strided(block_size=b, stride=stride, window=window):
+            distance = abs(i // b - j // b)
+            return distance < window or distance % stride == 0
+        case LocalGlobal(block_size=b) | Random(block_size=b):
+            row, column, top = i // b, j // b, pattern.global_blocks
+            if abs(row - column) < pattern.local_blocks or column < top or (not pattern.causal and row < top):
+                return True
+            if isinstance(pattern, LocalGlobal):
+                return False
+            return column in drawn(pattern, layer, torch.tensor([row]), torch.tensor([-(-length // b)]))[0].tolist()
     raise AssertionError(pattern)
 
 
@@ -89,14 +107,26 @@ def places(inputs: Call, b: int) -> tuple[list[int], list[int]]:
     return [keys[t + S - T] if t + S - T >= 0 else t + S - T for t in range(T)], keys
 
 
-def brute_force(inputs: Call, pattern: object) -> Tensor:
+def key_counts(inputs: Call, b: int, keys: list[int]) -> list[int]:
+    """For each query how many keys its sequence has, up to the last real one."""
+    T, S = inputs["q"].shape[1], len(keys)
+    ids = inputs.get("kv_segment_ids", inputs.get("segment_ids", torch.zeros(b + 1, S)))[b].tolist()
+    if "q_positions" in inputs:
+        ids = [0] * S
+    real = inputs.get("attention_mask", torch.ones(b + 1, S, dtype=torch.bool))[b].tolist()
+    ends = [max((keys[f] + 1 for f in range(S) if ids[f] == ids[s] and real[f]), default=0) for s in range(S)]
+    return [ends[max(t + S - T, 0)] for t in range(T)]
+
+
+def brute_force(inputs: Call, pattern: Pattern, layer: int = 0) -> Tensor:
     B, T, S = inputs["q"].shape[0], inputs["q"].shape[1], inputs["k"].shape[1]
     seen = torch.zeros(B, T, S, dtype=torch.bool)
     for b in range(B):
         i, j = places(inputs, b)
+        lengths = key_counts(inputs, b, j)
         for t in range(T):
             for s in range(S):
-                ok = sees(pattern, i[t], j[s])
+                ok = sees(pattern, i[t], j[s], layer, lengths[t])
                 if "segment_ids" in inputs:
                     keys = inputs.get("kv_segment_ids", inputs["segment_ids"])
                     ok = ok and bool(inputs["segment_ids"][b, t] == keys[b, s])
@@ -107,12 +137,12 @@ def brute_force(inputs: Call, pattern: object) -> Tensor:
     return seen
 
 
-@given(calls(), PATTERNS)
-@example(call(3, 5), SlidingWindow(window=2, global_tokens=1))
-@example(call(5, 3), SlidingWindow(window=2, global_tokens=1, causal=False))
-def test_visibility_is_what_the_patterns_formulas_say(inputs: Call, pattern: Any) -> None:
-    expected = brute_force(inputs, pattern)
-    assert torch.equal(visible(inputs, pattern).expand_as(expected), expected)
+@given(calls(), PATTERNS, st.integers(0, 2))
+@example(call(3, 5), SlidingWindow(window=2, global_tokens=1), 0)
+@example(call(5, 3), SlidingWindow(window=2, global_tokens=1, causal=False), 0)
+def test_visibility_is_what_the_patterns_formulas_say(inputs: Call, pattern: Pattern, layer: int) -> None:
+    expected = brute_force(inputs, pattern, layer)
+    assert torch.equal(visible(inputs, pattern, layer=layer).expand_as(expected), expected)
 
 
 @given(calls(), PATTERNS)
@@ -135,25 +165,25 @@ SHORT_THEN_LONG = call(8, 8, segment_ids=torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]]
 def test_every_visible_key_is_visited_exactly_once(inputs: Call, pattern: Any, size: int, keys: int) -> None:
     seen = brute_force(inputs, pattern)
     visits = torch.zeros(seen.shape, dtype=torch.int64)
-    view = chunkwise.View.of(inputs, pattern)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunkwise, "QUERIES", size)
         patch.setattr(chunkwise, "KEYS", keys)
-        for block in chunkwise._blocks(inputs, pattern, view.kv_positions):
-            for columns in chunkwise._tiles(block.columns):
-                bias = view.bias(block, columns, torch.float32)
-                shown = 1 if bias is None else (bias[:, 0, 0] == 0).long()
-                visits[block.batch, block.rows, columns] += shown
+        visited = chunkwise.Call(inputs, AttentionOptions(pattern=pattern))
+        for block in visited.blocks():
+            for tile in block.tiles(keys):
+                assert sum(map(len, tile)) <= keys
+                for span, bias in zip(tile, visited.view.biases(block, tile, torch.float32), strict=True):
+                    shown = 1 if bias is None else (bias[:, 0, 0] == 0).long()
+                    visits[block.batch, block.rows, span.slice] += shown
     assert torch.equal(visits, seen.long())
 
 
 def work(inputs: Call, pattern: Any) -> int:
     """Pairs of query and key that chunkwise computes."""
-    view = chunkwise.View.of(inputs, pattern)
     return sum(
-        (block.batch.stop - block.batch.start) * (block.rows.stop - block.rows.start) * (columns.stop - columns.start)
-        for block in chunkwise._blocks(inputs, pattern, view.kv_positions)
-        for columns in block.columns
+        (block.batch.stop - block.batch.start) * block.length * len(span)
+        for block in chunkwise.Call(inputs, AttentionOptions(pattern=pattern)).blocks()
+        for span in block.columns
     )
 
 

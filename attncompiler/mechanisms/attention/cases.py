@@ -8,10 +8,21 @@ import torch
 from hypothesis import strategies as st
 
 from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions
-from attncompiler.mechanisms.attention.pattern import Causal, Full, SlidingWindow
+from attncompiler.mechanisms.attention.pattern import (
+    Causal,
+    Chunked,
+    Full,
+    LocalGlobal,
+    Pattern,
+    Random,
+    SlidingWindow,
+    Strided,
+)
 from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
 
-PATTERNS = st.one_of(
+SCORE_OPTIONS = ("sinks", "alibi", "softcap")
+BLOCKS = st.sampled_from([1, 3, 4, 16])
+PATTERNS: st.SearchStrategy[Pattern] = st.one_of(
     st.just(Causal()),
     st.just(Full()),
     st.builds(
@@ -20,6 +31,24 @@ PATTERNS = st.one_of(
         global_tokens=st.integers(0, 5),
         causal=st.booleans(),
     ),
+    st.builds(Strided, stride=st.integers(1, 9), window=st.integers(1, 6), block_size=BLOCKS, causal=st.booleans()),
+    st.builds(
+        LocalGlobal,
+        block_size=BLOCKS,
+        local_blocks=st.integers(1, 6),
+        global_blocks=st.integers(0, 3),
+        causal=st.booleans(),
+    ),
+    st.builds(
+        Random,
+        block_size=BLOCKS,
+        random_blocks=st.integers(1, 4),
+        local_blocks=st.integers(1, 3),
+        global_blocks=st.integers(0, 2),
+        seed=st.integers(0, 9),
+        causal=st.booleans(),
+    ),
+    st.builds(Chunked, chunk=st.integers(1, 40)),
 )
 
 
@@ -74,9 +103,19 @@ def _make(draw: st.DrawFn, T: int, S: int | None) -> Case:
         ),
         "v": values(kind, (B, S, kv_heads, V), generator),
     }
-    scale = draw(st.sampled_from([None, 0.2]))
-    pattern = draw(PATTERNS)
-    return Case(OPERATOR, tensors, AttentionOptions(pattern=pattern, scale=scale), causal=pattern.causal)
+    H = kv_heads * group
+    scores = draw(st.one_of(st.just(frozenset[str]()), st.frozensets(st.sampled_from(SCORE_OPTIONS), min_size=1)))
+    if "sinks" in scores:
+        tensors["sinks"] = values("normal", (H,), generator) * draw(st.sampled_from([1, 10]))
+    if "alibi" in scores:
+        tensors["alibi_slopes"] = torch.rand(H, generator=generator, dtype=torch.float64)
+    options = AttentionOptions(
+        pattern=draw(PATTERNS),
+        scale=draw(st.sampled_from([None, 0.2])),
+        softcap=draw(st.sampled_from([2.0, 30.0])) if "softcap" in scores else None,
+        layer=draw(st.sampled_from([0, 3])),
+    )
+    return Case(OPERATOR, tensors, options, causal=options.pattern.causal)
 
 
 CASES = Cases(

@@ -110,23 +110,29 @@ CPU = ("sdpa", "chunkwise", "eager")
 
 
 def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
-    """Best first. On a CPU a window is served in bands of keys, which beats a dense mask over all of them."""
+    """Best first. On a CPU a sparse pattern is served by the keys it keeps, which beats a dense mask."""
     if device_type != "cpu":
         return GPU
-    if features.get("pattern") == "sliding_window":
-        return ("chunkwise", "sdpa", "eager")
-    return CPU
+    return CPU if features.get("pattern") in ("full", "causal") else ("chunkwise", "sdpa", "eager")
 
 
-BUILT_PATTERNS = OneOf("full", "causal", "sliding_window")
 MASKS = {"segments": ANY, "padding": ANY, "positions": ANY}
+EVERYTHING: Mapping[str, OneOf | AtMost | None] = dict.fromkeys(
+    ("pattern", "deterministic", "value_width", "mask_bytes", "softcap", "alibi", "sinks", "dropout", *MASKS)
+)
 
 KERNELS = (
     Kernel(
         name="sdpa",
         entry="attncompiler.mechanisms.attention.kernels.sdpa:KERNEL",
         needs=Needs(
-            features={"pattern": BUILT_PATTERNS, "deterministic": ANY, "mask_bytes": AtMost(2**26, "bytes"), **MASKS},
+            features={
+                "pattern": ANY,
+                "deterministic": ANY,
+                "sinks": ANY,
+                "mask_bytes": AtMost(2**26, "bytes"),
+                **MASKS,
+            },
             device_types=("cpu",),
         ),
         summary="torch's fused scaled dot product attention, with a dense mask where the pattern needs one",
@@ -134,17 +140,13 @@ KERNELS = (
     Kernel(
         name="chunkwise",
         entry="attncompiler.mechanisms.attention.kernels.chunkwise:KERNEL",
-        needs=Needs(
-            features={"pattern": BUILT_PATTERNS, "deterministic": ANY, "value_width": ANY, "mask_bytes": ANY, **MASKS}
-        ),
+        needs=Needs(features=EVERYTHING),
         summary="plain torch over blocks of queries and the keys they can see: memory linear in the length",
     ),
     Kernel(
         name="eager",
         entry="attncompiler.mechanisms.attention.reference:EAGER",
-        needs=Needs(
-            features={"pattern": BUILT_PATTERNS, "deterministic": ANY, "value_width": ANY, "mask_bytes": ANY, **MASKS}
-        ),
+        needs=Needs(features=EVERYTHING),
         summary="the reference itself: every option, memory quadratic in the length",
     ),
 )

@@ -157,14 +157,26 @@ def attention(
     aligned with the last key. `segment_ids` (B, T), equal ids being one contiguous run, keep packed documents apart;
     `kv_segment_ids` (B, S) are needed with them when T ≠ S. `attention_mask` (B, S) is non-zero for real tokens;
     query t reads mask[S − T + t]; rows of padding give 0. `q_positions` (B, T) and `kv_positions` (B, S) replace the
-    positions the pattern is read at. `layer` numbers the layer for a pattern that differs from layer to layer, which is
+    positions the pattern is read at.
+
+    In order: `softcap` c makes a score c·tanh(score / c) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2);
+    `alibi_slopes` (H,) take slope · |i − j| from it (Press et al. 2022, https://arxiv.org/abs/2108.12409), i and j
+    being positions; what the pattern hides is hidden; `sinks` (H,) add exp(sink) to the denominator of a row that
+    sees something (GPT-OSS). Slopes and sinks are in fp32 (fp64 for fp64), and sinks are differentiable. `dropout`
+    zeroes that share of the probabilities by a mask that follows from `dropout_seed` (1,), int64, and indices alone
+    (`mechanisms/attention/dropout.py`); without a seed one is drawn from torch's generator.
+
+    `layer` numbers the layer for a pattern that differs from layer to layer, which is
     `random` alone. `kernel` is "auto", a name, or the list of the only kernels allowed.
 
     Raises InputError (E401 shapes, E402 dtypes, E403 arguments, E404 devices) and KernelError (E501) when no allowed
     kernel offers what is asked.
     """
+    dropout = _share(dropout)
     if dropout_seed is not None and not dropout:
         raise fail(InputError, "E403", "dropout_seed needs dropout")
+    if dropout_seed is None and dropout:
+        dropout_seed = new_seed(q.device)
     tensors = check(
         q,
         k,
@@ -184,7 +196,7 @@ def attention(
         pattern=as_pattern(pattern),
         scale=None if scale is None else number("scale", scale),
         softcap=None if softcap is None else number("softcap", softcap, above=0),
-        dropout=_share(dropout),
+        dropout=dropout,
         layer=whole("layer", layer, 0),
     )
     results = OPERATOR(tensors, options_text(options), no_site())
@@ -195,6 +207,11 @@ def _share(dropout: float) -> float:
     if not 0 <= number("dropout", dropout) < 1:
         raise fail(InputError, "E403", f"dropout must be at least 0 and below 1, not {dropout}")
     return float(dropout)
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A seed (1,) for dropout from torch's own generator, which torch.manual_seed sets and checkpointing replays."""
+    return torch.randint(2**62, (1,), device=device)
 
 
 def check(
@@ -238,10 +255,13 @@ def check(
             "attention_mask": "BS",
             "q_positions": "BT",
             "kv_positions": "BS",
+            "dropout_seed": "1",
         },
     )
+    if sizes.get("1", 1) != 1:
+        raise fail(InputError, "E401", f"dropout_seed is one number, not {sizes['1']}")
     check_device(tensors)
-    tensors = check_dtypes(tensors, OPERATOR.low_precision)
+    tensors = check_dtypes(tensors, OPERATOR.low_precision, ("sinks", "alibi_slopes"))
     if sizes["H"] % sizes["K"]:
         raise fail(InputError, "E401", f"{sizes['H']} query heads are not a multiple of {sizes['K']} key heads")
     if (q_positions is None) != (kv_positions is None):

@@ -7,9 +7,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attncompiler.blocks.positions import segment_positions
-from attncompiler.mechanisms.attention.pattern import Causal, Full, SlidingWindow
+from attncompiler.mechanisms.attention.pattern import (
+    Causal,
+    Chunked,
+    Full,
+    LocalGlobal,
+    Pattern,
+    Random,
+    SlidingWindow,
+    Strided,
+)
+from attncompiler.mechanisms.attention.random_blocks import NONE, drawn
 from attncompiler.runtime.implementation import Tensors
 
 
@@ -31,8 +42,11 @@ def positions(inputs: Tensors) -> tuple[Tensor, Tensor]:
     return torch.cat([before, keys], 1), keys
 
 
-def pattern_visible(pattern: object, i: Tensor, j: Tensor) -> Tensor:
-    """The pattern's formula on broadcast positions i (…, T, 1) and j (…, 1, S)."""
+def pattern_visible(pattern: Pattern, i: Tensor, j: Tensor, *, layer: int = 0, lengths: Tensor | None = None) -> Tensor:
+    """The pattern's formula on broadcast positions i (…, T, 1) and j (…, 1, S).
+
+    `random` reads the layer and, where it is not causal, how many keys each query's sequence has: `lengths` (…, T, 1).
+    """
     match pattern:
         case Full():
             return torch.ones_like(i >= j)
@@ -42,14 +56,68 @@ def pattern_visible(pattern: object, i: Tensor, j: Tensor) -> Tensor:
             return (j <= i) & ((i - j < window) | (j < globals_))
         case SlidingWindow(window=window, global_tokens=globals_):
             return ((i - j).abs() < window) | (j < globals_) | (i < globals_)
-    raise TypeError(f"the pattern {pattern!r} is not built")
+        case Chunked(chunk=chunk):
+            return (j <= i) & (i // chunk == j // chunk)
+        case Strided(block_size=size, stride=stride, window=window):
+            distance = (i // size - j // size).abs()
+            seen = (distance < window) | (distance % stride == 0)
+        case LocalGlobal(block_size=size) | Random(block_size=size):
+            row, column = i // size, j // size
+            seen = ((row - column).abs() < pattern.local_blocks) | (column < pattern.global_blocks)
+            if not pattern.causal:
+                seen = seen | (row < pattern.global_blocks)
+            if isinstance(pattern, Random):
+                seen = seen | _drawn(pattern, row, column, layer, lengths)
+    return (j <= i) & seen if pattern.causal else seen
 
 
-def visible(inputs: Tensors, pattern: object, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+def _drawn(pattern: Random, row: Tensor, column: Tensor, layer: int, lengths: Tensor | None) -> Tensor:
+    """Whether the block `row` (…, T, 1) of queries sees the block `column` (…, 1, S) of keys by chance."""
+    blocks = torch.zeros_like(row)
+    if not pattern.causal:
+        assert lengths is not None
+        blocks = (-(-lengths // pattern.block_size)).expand_as(row)
+    pairs, number = torch.stack([row, blocks], -1).flatten(0, -2).unique(dim=0, return_inverse=True)
+    found = drawn(pattern, layer, *pairs.unbind(1))
+    last = int(column.max()) if column.numel() else 0
+    # one column more, for draws that there are not and for blocks beyond the keys at hand
+    table = torch.zeros(len(pairs), last + 2, dtype=torch.bool, device=row.device)
+    table.scatter_(1, found.masked_fill((found == NONE) | (found > last), last + 1), True)
+    return table[number.view(row.shape), column.clamp(min=0)]
+
+
+def sequence_lengths(inputs: Tensors, pattern: Pattern, kv_positions: Tensor) -> Tensor | None:
+    """How many keys the sequence of each query has (B or 1, T), from its first real one to its last.
+
+    None where no pattern asks. A sequence is a run of equal segment ids; with given positions it is the whole row.
+    """
+    if pattern.causal or not isinstance(pattern, Random):
+        return None
+    T, S = inputs["q"].shape[1], inputs["k"].shape[1]
+    mask = inputs.get("attention_mask")
+    ends = kv_positions + 1 if mask is None else torch.where(mask, kv_positions + 1, 0)
+    segments = inputs.get("kv_segment_ids", inputs.get("segment_ids"))
+    if "q_positions" in inputs or segments is None:
+        return ends.amax(1, keepdim=True).expand(-1, T)
+    run = pad((segments[:, 1:] != segments[:, :-1]).cumsum(1), (1, 0))
+    longest = torch.zeros_like(run).scatter_reduce(1, run, ends.expand_as(run), "amax").gather(1, run)
+    return longest[:, S - T :] if T <= S else torch.cat([longest[:, :1].expand(-1, T - S), longest], 1)
+
+
+def visible(
+    inputs: Tensors, pattern: Pattern, rows: slice = slice(None), columns: slice = slice(None), *, layer: int = 0
+) -> Tensor:
     """The mask (B or 1, T, S) of a call, or the part of it given by a range of queries and one of keys."""
     q_positions, kv_positions = positions(inputs)
     T, S = inputs["q"].shape[1], inputs["k"].shape[1]
-    seen = pattern_visible(pattern, q_positions[:, rows, None], kv_positions[:, None, columns])
+    lengths = sequence_lengths(inputs, pattern, kv_positions)
+    seen = pattern_visible(
+        pattern,
+        q_positions[:, rows, None],
+        kv_positions[:, None, columns],
+        layer=layer,
+        lengths=None if lengths is None else lengths[:, rows, None],
+    )
     if "segment_ids" in inputs:
         keys = inputs.get("kv_segment_ids", inputs["segment_ids"])
         seen = seen & (inputs["segment_ids"][:, rows, None] == keys[:, None, columns])

@@ -38,7 +38,7 @@ def _mask(inputs: Tensors, options: AttentionOptions) -> Tensor | None:
     rows = max(1, MASK_ROWS // S)
     parts = []
     for start in range(0, T, rows):
-        seen = visible(inputs, options.pattern, slice(start, start + rows))
+        seen = visible(inputs, options.pattern, slice(start, start + rows), layer=options.layer)
         parts.append(torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf))
     return torch.cat(parts, 1)[:, None]
 
@@ -63,11 +63,21 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     )
     if mask is not None:
         lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)  # torch leaves 0 there
-    return {"out": out.transpose(1, 2).contiguous(), "lse": lse.contiguous()}
+    out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
+    if "sinks" not in inputs:
+        return {"out": out, "lse": lse}
+    # the sink joins at the end: it adds to the denominator and to nothing else
+    joined = torch.logaddexp(lse, _sinks(inputs, lse)).masked_fill(lse == -torch.inf, -torch.inf)
+    share = (lse - joined.masked_fill(joined == -torch.inf, 0.0)).exp()
+    return {"out": (out * share.transpose(1, 2)[..., None]).to(out.dtype), "lse": joined}
+
+
+def _sinks(inputs: Tensors, lse: Tensor) -> Tensor:
+    return inputs["sinks"].to(lse.dtype)[:, None].expand_as(lse)
 
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
-    """The gradients of q, k and v, from the probabilities that the lse gives back."""
+    """The gradients of q, k, v and sinks, from the probabilities that the lse gives back."""
     q, lse = inputs["q"], outputs["lse"]
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _heads_first(grads["out"]),
@@ -81,7 +91,12 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         attn_mask=_mask(inputs, options),
         scale=options.softmax_scale(q.shape[-1]),
     )
-    return {name: grad.transpose(1, 2).contiguous() for name, grad in zip("qkv", found, strict=True)}
+    grads_by_name = {name: grad.transpose(1, 2).contiguous() for name, grad in zip("qkv", found, strict=True)}
+    if "sinks" in inputs:
+        delta = (grads["out"].to(lse.dtype) * outputs["out"].to(lse.dtype)).sum(-1).transpose(1, 2)
+        lost = (_sinks(inputs, lse) - lse.masked_fill(lse == -torch.inf, torch.inf)).exp() * delta
+        grads_by_name["sinks"] = -lost.sum((0, 2))
+    return grads_by_name
 
 
 KERNEL = Implementation(forward, backward)
