@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from attncompiler.bench import measure, report, scaling, startup, train_step, window
+from attncompiler.bench import measure, report, scaling, sparse, startup, train_step
 from attncompiler.errors import UsageError
 
 times = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=9)
@@ -67,28 +67,37 @@ def invoke(main: object, *arguments: str) -> dict[str, object]:
     return json.loads(result.output)
 
 
-def test_window_at_a_tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window, "peak_bytes", lambda prepare, arguments, small: 2**20)
-    shown = invoke(window.main, "--seq-len", "64", "--window", "16", "--repeats", "2")
-    (row,) = shown["rows"]
-    assert row["times faster"] == row["peer, ms"]["median"] / row["ours, ms"]["median"]
-    assert row["peer, MiB"] == 1.0
+@pytest.mark.parametrize("peer", ["dense", "causal"])
+def test_sparse_at_a_tiny_size(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "peak_bytes", lambda prepare, arguments, small: 2**20)
+    arguments = ("--seq-len", "64", "--peer", peer, "--repeats", "2", "--memory")
+    shown = invoke(
+        sparse.main, *arguments, "--pattern", "{kind: sliding_window, window: 16}", "--pattern", "{kind: full}"
+    )
+    assert len(shown["rows"]) == 4
+    for row in shown["rows"]:
+        assert row["times faster"] == row["peer, ms"]["median"] / row["ours, ms"]["median"]
+        assert row[f"{peer}, MiB"] == 1.0
+    assert shown["rows"][0]["density, %"] == 100 * sum(min(i + 1, 16) for i in range(64)) / 64**2
+    assert shown["rows"][3]["density, %"] == 100
 
 
-def test_both_sides_of_window_compute_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pattern", sparse.PATTERNS, ids=lambda pattern: pattern["kind"])
+def test_both_sides_of_sparse_compute_the_same_function(
+    pattern: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[torch.Tensor] = []
-    made = window._inputs
-    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(sparse, "_clear", lambda q, *rest: seen.append(q.grad))
+    sparse.ours(300, json.dumps(pattern), True)()
+    sparse.dense(300, json.dumps(pattern), True)()
+    torch.testing.assert_close(seen[0], seen[1].transpose(1, 2))
 
-    def inputs(seq_len: int) -> tuple[torch.Tensor, ...]:
-        tensors = made(seq_len)
-        kept.append(tensors[0])
-        return tensors
 
-    monkeypatch.setattr(window, "_inputs", inputs)
-    monkeypatch.setattr(window, "_clear", lambda q, *rest: seen.append(q.grad))
-    window.ours(100, 16)()
-    window.peer(100, 16)()
+def test_the_causal_peer_is_causal_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(sparse, "_clear", lambda q, *rest: seen.append(q.grad))
+    sparse.ours(100, json.dumps({"kind": "causal"}), True)()
+    sparse.causal(100, json.dumps({"kind": "sliding_window", "window": 4}), True)()
     torch.testing.assert_close(seen[0], seen[1].transpose(1, 2))
 
 
