@@ -29,6 +29,8 @@ WINDOW = {"kind": "sliding_window", "window": 256}
 PATTERNS: tuple[dict[str, Any], ...] = (
     WINDOW,
     # one pair in eight of 4096 tokens, in blocks of 128
+    {"kind": "strided", "block_size": 128, "stride": 8, "window": 1, "causal": False},
+    {"kind": "random", "block_size": 128, "random_blocks": 1, "local_blocks": 2, "causal": False},
     {"kind": "local_global", "block_size": 128, "local_blocks": 4, "global_blocks": 1},
     {"kind": "strided", "block_size": 128, "stride": 8, "window": 3},
     {"kind": "random", "block_size": 128, "random_blocks": 2, "local_blocks": 2, "global_blocks": 1},

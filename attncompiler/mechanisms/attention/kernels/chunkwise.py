@@ -26,6 +26,14 @@ KEYS = 512
 TILE = 2**22
 """Scores that are held at once, when one sequence does not already need more: larger batches go in parts."""
 
+LOWEST = -1e30
+"""A score in base 2 that stands for −∞ where −∞ − (−∞) would be no number; below every score there is."""
+CALM = 40.0
+"""Scores in base 2 within ±40 are exponentiated as they are, without a maximum to subtract: neither their sums nor the
+quotients by them leave the range of fp32 or come near its subnormal numbers."""
+CALM_VALUES = 2.0**40
+"""Values within it: their sums with such weights are finite."""
+
 
 class Call:
     """One call: its tensors, block by block and tile by tile."""
@@ -39,7 +47,24 @@ class Call:
         # what queries are multiplied with beside the scale: softcap's argument, or at once the unit of the scores
         self.unit = LOG2_E if options.softcap is None else 1 / options.softcap
         self.view = View.of(inputs, options)
+        self.calm = self._is_calm()
         self.index = torch.arange(max(self.q.shape[:2] + self.k.shape[1:2]), device=self.q.device)
+
+    def _is_calm(self) -> bool:
+        """Whether all scores are known to be within ±`CALM`: by softcap, or by |q·k| ≤ |q||k|.
+
+        Reading that bound is cheap on a CPU alone. ALiBi's scores have none from below.
+        """
+        if self.q.device.type != "cpu" or "alibi_slopes" in self.inputs:
+            return False
+        if "sinks" in self.inputs and float(self.inputs["sinks"].max()) * LOG2_E > CALM:
+            return False
+        if self.options.softcap is not None:
+            bound = self.options.softcap * LOG2_E
+        else:
+            longest = [float(torch.linalg.vector_norm(x, dim=-1, dtype=self.dtype).max()) for x in (self.q, self.k)]
+            bound = longest[0] * longest[1] * abs(self.scale) * LOG2_E
+        return bound <= CALM and float(torch.linalg.vector_norm(self.v, torch.inf)) <= CALM_VALUES
 
     def blocks(self) -> Iterator[Block]:
         B, T, H, _ = self.q.shape
@@ -94,6 +119,10 @@ class Call:
         keep = kept(self.inputs["dropout_seed"], self.options.dropout, self.q.shape[2], batch, rows, columns)
         return keep.to(self.dtype).unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
 
+    def by_head(self, by_row: Tensor, block: Block) -> Tensor:
+        """(b, K, g·t, 1) as (b, H, t)."""
+        return by_row.squeeze(-1).unflatten(2, (-1, block.length)).flatten(1, 2)
+
     def by_row(self, by_head: Tensor, block: Block) -> Tensor:
         """(H,) or (b, H, t) as (1 or b, K, g·t, 1)."""
         by_head = by_head[None, :, None].expand(-1, -1, block.length) if by_head.dim() == 1 else by_head
@@ -107,29 +136,45 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     out, lse = call.q.new_empty(B, T, H, V), call.q.new_empty(B, H, T, dtype=call.dtype)
     for block in call.blocks():
         queries = call.queries(block)
-        largest = queries.new_full((*queries.shape[:-1], 1), -torch.inf)
-        total, weighted = torch.zeros_like(largest), queries.new_zeros(*queries.shape[:-1], V)
+        largest: Tensor | None = None
+        total = weighted = None
         for tile in block.tiles(KEYS):
-            scores = call.scores(queries, call.gathered(call.k, block, tile))
-            weights = call.biased(scores, block, tile)
-            before, largest = largest, torch.maximum(largest, weights.amax(-1, keepdim=True))
-            base = largest.masked_fill(largest == -torch.inf, 0.0)
-            weights = exp2_(weights.sub_(base))
-            fading = (before - base).exp2_()
-            total = total * fading + weights.sum(-1, keepdim=True)
+            weights = call.biased(call.scores(queries, call.gathered(call.k, block, tile)), block, tile)
+            fading = None
+            if call.calm:
+                weights.exp2_()
+            else:
+                before, largest = largest, weights.amax(-1, keepdim=True)
+                largest = largest if before is None else torch.maximum(largest, before)
+                base = largest.clamp(min=LOWEST)
+                weights = exp2_(weights.sub_(base))
+                fading = None if before is None else (before - base).exp2_()
+            sums = weights.sum(-1, keepdim=True)
             if (keep := call.kept(block, tile)) is not None:
                 weights.mul_(keep)
-            weighted = weighted * fading + weights @ call.gathered(call.v, block, tile)
-        normaliser = largest + total.log2()
+            products = weights @ call.gathered(call.v, block, tile)
+            total, weighted = _more(total, sums, fading), _more(weighted, products, fading)
+        if total is None or weighted is None:
+            out[block.batch, block.rows], lse[block.batch, :, block.rows] = 0, -torch.inf
+            continue
+        normaliser = total.log2() if largest is None else largest + total.log2()
         if "sinks" in inputs:
             # a key without a value, which only rows that see something have
             sink = call.by_row(inputs["sinks"], block) * LOG2_E
             joined = torch.logaddexp2(normaliser, sink).masked_fill(normaliser == -torch.inf, -torch.inf)
-            weighted.mul_((normaliser - joined.masked_fill(joined == -torch.inf, 0.0)).exp2_())
+            weighted.mul_((normaliser - joined.clamp(min=LOWEST)).exp2_())
             normaliser = joined
-        lse[block.batch, :, block.rows] = (normaliser / LOG2_E).unflatten(2, (-1, block.length)).flatten(1, 2)[..., 0]
-        out[block.batch, block.rows] = call.ungrouped(weighted / total.masked_fill(total == 0, 1.0), block)
+        lse[block.batch, :, block.rows] = call.by_head(normaliser.div_(LOG2_E), block)
+        # below any sum of a row that sees something
+        out[block.batch, block.rows] = call.ungrouped(weighted.div_(total.clamp_(min=2**-CALM)), block)
     return {"out": out, "lse": lse}
+
+
+def _more(sums: Tensor | None, further: Tensor, fading: Tensor | None) -> Tensor:
+    """The sums so far, which fade where the largest score has risen, and those of a further tile."""
+    if sums is None:
+        return further
+    return further.add_(sums) if fading is None else further.addcmul_(sums, fading)
 
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
@@ -152,7 +197,8 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         for tile in block.tiles(KEYS):
             keys, values = call.gathered(call.k, block, tile), call.gathered(call.v, block, tile)
             scores = call.scores(queries, keys)
-            weights = exp2_(call.biased(scores, block, tile).sub_(lse))
+            exponents = call.biased(scores, block, tile).sub_(lse)
+            weights = exponents.exp2_() if call.calm else exp2_(exponents)
             dscores = dweighted @ values.transpose(-1, -2)
             if (keep := call.kept(block, tile)) is None:
                 call.scattered(dv, block, tile, weights.transpose(-1, -2) @ dweighted)
