@@ -5,7 +5,8 @@ backward recomputes the probabilities from the lse (Dao et al. 2022, https://arx
 Memory is linear in the length, and the work is that of the blocks a pattern keeps: a tile gathers ranges of keys from
 where they lie. Scores are in base 2, whose exponential is faster.
 
-Shapes: g = H / K query heads read one key head; a block of t queries is (B, K, g·t, D), so that no key is repeated.
+Shapes: g = H / K query heads read one key head; a block of t queries of b sequences is (b·K, g·t, D), so that no key is
+repeated.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Call:
         self.inputs, self.options = inputs, options
         self.q, self.k, self.v = inputs["q"], inputs["k"], inputs["v"]
         self.kv_heads = self.k.shape[2]
+        self.group = self.q.shape[2] // self.kv_heads
         self.dtype = torch.promote_types(self.q.dtype, torch.float32)
         self.scale = options.softmax_scale(self.q.shape[-1])
         # what queries are multiplied with beside the scale: softcap's argument, or at once the unit of the scores
@@ -62,9 +64,8 @@ class Call:
         if self.options.softcap is not None:
             bound = self.options.softcap * LOG2_E
         else:
-            longest = [float(torch.linalg.vector_norm(x, dim=-1, dtype=self.dtype).max()) for x in (self.q, self.k)]
-            bound = longest[0] * longest[1] * abs(self.scale) * LOG2_E
-        return bound <= CALM and float(torch.linalg.vector_norm(self.v, torch.inf)) <= CALM_VALUES
+            bound = _longest(self.q) * _longest(self.k) * abs(self.scale) * LOG2_E
+        return bound <= CALM and all(abs(float(each)) <= CALM_VALUES for each in self.v.aminmax())
 
     def blocks(self) -> Iterator[Block]:
         B, T, H, _ = self.q.shape
@@ -76,57 +77,68 @@ class Call:
         return self.grouped(self.q, block) * (self.scale * self.unit)
 
     def grouped(self, tensor: Tensor, block: Block) -> Tensor:
-        """A block of (B, T, H, D) as (b, K, g·t, D)."""
+        """A block of (B, T, H, D) as (b·K, g·t, D)."""
         rows = tensor[block.batch, block.rows].to(self.dtype)
-        return rows.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        return rows.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
 
     def ungrouped(self, tensor: Tensor, block: Block) -> Tensor:
-        """(b, K, g·t, V) → (b, t, H, V)."""
-        return tensor.unflatten(2, (-1, block.length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        """(b·K, g·t, V) as (b, t, H, V)."""
+        by_head = tensor.view(-1, self.kv_heads, self.group, block.length, tensor.shape[-1])
+        return by_head.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def gathered(self, tensor: Tensor, block: Block, tile: Tile) -> Tensor:
-        """The keys or values of a tile, (B, S, K, D) → (b, K, s, D)."""
-        return gathered(tensor[block.batch], tile).to(self.dtype).transpose(1, 2)
+        """The keys or values of a tile, (B, S, K, D) → (b·K, s, D)."""
+        return gathered(tensor[block.batch], tile).to(self.dtype).transpose(1, 2).flatten(0, 1)
 
     def scattered(self, into: Tensor, block: Block, tile: Tile, tensor: Tensor) -> None:
-        """Add what a tile's keys or values gain (b, K, s, D) to (B, S, K, D)."""
-        scattered(into[block.batch], tile, tensor.transpose(1, 2))
+        """Add what a tile's keys or values gain (b·K, s, D) to (B, S, K, D)."""
+        scattered(into[block.batch], tile, tensor.unflatten(0, (-1, self.kv_heads)).transpose(1, 2))
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(b, K, g·t, s) before what is hidden is hidden: in base 2, or the tanh of softcap's argument."""
-        scores = queries @ keys.transpose(-1, -2)
+        """(b·K, g·t, s) before what is hidden is hidden: in base 2, or the tanh of softcap's argument."""
+        scores = torch.bmm(queries, keys.mT)
         return scores if self.options.softcap is None else scores.tanh_()
 
     def biased(self, scores: Tensor, block: Block, tile: Tile) -> Tensor:
         """The scores in base 2, −∞ where hidden; overwritten unless there is a softcap, whose tanh is kept."""
         if self.options.softcap is not None:
             scores = scores * (self.options.softcap * LOG2_E)
-        by_head = scores.unflatten(2, (-1, block.length))
+        by_head = scores.view(-1, self.kv_heads, self.group, block.length, scores.shape[-1])
         if "alibi_slopes" in self.inputs:
             slopes = self.inputs["alibi_slopes"].to(self.dtype).view(self.kv_heads, -1, 1, 1)
             by_head.addcmul_(self.view.distances(block, tile, self.dtype), slopes, value=-LOG2_E)
+        if all(span.whole for span in tile):
+            return scores
         for part, bias in zip(split(by_head, tile, -1), self.view.biases(block, tile, self.dtype), strict=True):
             if bias is not None:
                 part.add_(bias)
         return scores
 
     def kept(self, block: Block, tile: Tile) -> Tensor | None:
-        """What dropout multiplies probabilities with, (b, K, g·t, s); None without dropout."""
+        """What dropout multiplies probabilities with, (b·K, g·t, s); None without dropout."""
         if not self.options.dropout:
             return None
         columns = gathered(self.index[None], tile)[0]
         batch, rows = self.index[: len(self.q)][block.batch], self.index[block.rows]
         keep = kept(self.inputs["dropout_seed"], self.options.dropout, self.q.shape[2], batch, rows, columns)
-        return keep.to(self.dtype).unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
+        return keep.to(self.dtype).view(-1, self.group * block.length, keep.shape[-1])
 
     def by_head(self, by_row: Tensor, block: Block) -> Tensor:
-        """(b, K, g·t, 1) as (b, H, t)."""
-        return by_row.squeeze(-1).unflatten(2, (-1, block.length)).flatten(1, 2)
+        """(b·K, g·t, 1) as (b, H, t)."""
+        return by_row.view(-1, self.kv_heads * self.group, block.length)
 
     def by_row(self, by_head: Tensor, block: Block) -> Tensor:
-        """(H,) or (b, H, t) as (1 or b, K, g·t, 1)."""
-        by_head = by_head[None, :, None].expand(-1, -1, block.length) if by_head.dim() == 1 else by_head
-        return by_head.to(self.dtype).unflatten(1, (self.kv_heads, -1)).flatten(2, 3)[..., None]
+        """(H,) or (b, H, t) as (b·K, g·t, 1)."""
+        if by_head.dim() == 1:
+            by_head = by_head[:, None].expand(len(self.q[block.batch]), -1, block.length)
+        return by_head.to(self.dtype).reshape(-1, self.group * block.length, 1)
+
+
+def _longest(x: Tensor) -> float:
+    """The largest norm of a vector in x (B, T, H, D), read a part at a time: no copy of x is made."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    squares = [x[:, rows].to(wide).square().sum(-1).max() for rows in parts(0, x.shape[1], KEYS)]
+    return float(torch.stack(squares).max()) ** 0.5
 
 
 def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
@@ -152,7 +164,7 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
             sums = weights.sum(-1, keepdim=True)
             if (keep := call.kept(block, tile)) is not None:
                 weights.mul_(keep)
-            products = weights @ call.gathered(call.v, block, tile)
+            products = torch.bmm(weights, call.gathered(call.v, block, tile))
             total, weighted = _more(total, sums, fading), _more(weighted, products, fading)
         if total is None or weighted is None:
             out[block.batch, block.rows], lse[block.batch, :, block.rows] = 0, -torch.inf
@@ -164,10 +176,10 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
             joined = torch.logaddexp2(normaliser, sink).masked_fill(normaliser == -torch.inf, -torch.inf)
             weighted.mul_((normaliser - joined.clamp(min=LOWEST)).exp2_())
             normaliser = joined
-        lse[block.batch, :, block.rows] = call.by_head(normaliser.div_(LOG2_E), block)
-        # below any sum of a row that sees something
+        lse[block.batch, :, block.rows] = call.by_head(normaliser, block)
+        # no sum of a row that sees something is smaller
         out[block.batch, block.rows] = call.ungrouped(weighted.div_(total.clamp_(min=2**-CALM)), block)
-    return {"out": out, "lse": lse}
+    return {"out": out, "lse": lse.div_(LOG2_E)}
 
 
 def _more(sums: Tensor | None, further: Tensor, fading: Tensor | None) -> Tensor:
@@ -191,7 +203,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing has only weights of 0
         if dsinks is not None:
             lost = (call.by_row(inputs["sinks"], block) - lse).exp_().mul_(delta)
-            dsinks -= lost.unflatten(2, (-1, block.length)).sum((0, 3, 4)).flatten()
+            dsinks -= call.by_head(lost, block).sum((0, 2))
         lse = lse * LOG2_E
         dqueries = torch.zeros_like(queries)
         for tile in block.tiles(KEYS):
@@ -199,17 +211,17 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
             scores = call.scores(queries, keys)
             exponents = call.biased(scores, block, tile).sub_(lse)
             weights = exponents.exp2_() if call.calm else exp2_(exponents)
-            dscores = dweighted @ values.transpose(-1, -2)
+            dscores = torch.bmm(dweighted, values.mT)
             if (keep := call.kept(block, tile)) is None:
-                call.scattered(dv, block, tile, weights.transpose(-1, -2) @ dweighted)
+                call.scattered(dv, block, tile, torch.bmm(weights.mT, dweighted))
             else:
-                call.scattered(dv, block, tile, (weights * keep).transpose(-1, -2) @ dweighted)
+                call.scattered(dv, block, tile, torch.bmm((weights * keep).mT, dweighted))
                 dscores.mul_(keep)
             dscores.sub_(delta).mul_(weights)
             if options.softcap is not None:
                 dscores.addcmul_(dscores * scores, scores, value=-1)
-            call.scattered(dk, block, tile, dscores.transpose(-1, -2) @ queries)
-            dqueries += dscores @ keys
+            call.scattered(dk, block, tile, torch.bmm(dscores.mT, queries))
+            dqueries.baddbmm_(dscores, keys)
         dq[block.batch, block.rows] = call.ungrouped(dqueries.mul_(call.scale), block)
     found = {"q": dq, "k": dk.div_(call.unit).to(call.k.dtype), "v": dv.to(call.v.dtype)}
     return found if dsinks is None else {**found, "sinks": dsinks}
