@@ -1,7 +1,7 @@
 """Benchmarks: each script puts this package beside a peer, or beside itself, in one process.
 
     python -m attncompiler.bench.train_step     a training step against HF transformers (needs the extra `hf`)
-    python -m attncompiler.bench.sparse         sparse patterns against SDPA with a dense mask, or causal: time and memory
+    python -m attncompiler.bench.sparse         sparse patterns against SDPA, masked or causal: time and memory
     python -m attncompiler.bench.scaling        time per token of the linear-time mixers as the length grows
     python -m attncompiler.bench.startup        `build` of a large spec on meta, and `check`: time and memory
 

@@ -15,12 +15,21 @@ MIXERS = {
     "rope_parameters: {rope_type: default}}",
     "window": "{kind: attention, num_attention_heads: 4, num_key_value_heads: 1, "
     "rope_parameters: {rope_type: default}, pattern: {kind: sliding_window, window: 5, global_tokens: 2}}",
+    "strided": "{kind: attention, num_attention_heads: 2, pattern: {kind: strided, stride: 3, window: 2}}",
+    "local_global": "{kind: attention, num_attention_heads: 4, alibi: true, query_pre_attn_scalar: 5.0, "
+    "pattern: {kind: local_global, block_size: 3, local_blocks: 1, global_blocks: 1}}",
+    "random": "{kind: attention, num_attention_heads: 2, v_head_dim: 12, rope_parameters: {rope_type: default}, "
+    "pattern: {kind: random, block_size: 2, random_blocks: 1}}",
+    "chunked": "{kind: attention, num_attention_heads: 4, num_key_value_heads: 2, sinks: true, qk_norm: l2, "
+    "attn_logit_softcapping: 3.0, pattern: {kind: chunked, chunk: 6}}",
     "linear_attention": "{kind: linear_attention, num_attention_heads: 2}",
     "mamba": "{kind: mamba, state_size: 4}",
     "mamba2": "{kind: mamba2, state_size: 8, head_dim: 16, expand: 2, chunk_size: 8}",
 }
 ENCODERS = {
     "full": "{kind: attention, num_attention_heads: 4, pattern: {kind: full}}",
+    "bigbird": "{kind: attention, num_attention_heads: 4, alibi: true, pattern: {kind: random, block_size: 2, "
+    "random_blocks: 1, global_blocks: 1, causal: false}}",
     "both_ways": "{kind: linear_attention, num_attention_heads: 2, causal: false}",
     "linformer": "{kind: linformer, num_attention_heads: 4, projected_length: 8}",
 }

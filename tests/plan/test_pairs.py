@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attncompiler.mechanisms.attention.cost import visible_pairs
-from attncompiler.mechanisms.attention.pattern import Causal, Chunked, Full, LocalGlobal, Pattern, SlidingWindow
+from attncompiler.mechanisms.attention.cases import PATTERNS
+from attncompiler.mechanisms.attention.pairs import visible_pairs
+from attncompiler.mechanisms.attention.pattern import LocalGlobal, Pattern, Random, SlidingWindow, Strided
 from attncompiler.mechanisms.attention.visibility import visible
 
 sizes = st.integers(1, 40)
-windows = st.builds(SlidingWindow, window=sizes, global_tokens=st.integers(0, 45), causal=st.booleans())
+WIDE_GLOBALS = st.builds(SlidingWindow, window=sizes, global_tokens=st.integers(0, 45), causal=st.booleans())
 
 
-@given(st.one_of(st.just(Full()), st.just(Causal()), windows), sizes, sizes)
-def test_pairs_are_counted_as_the_mask_has_them(pattern: Pattern, T: int, S: int) -> None:
+def count(pattern: Pattern, T: int, S: int) -> int:
     inputs = {"q": torch.zeros(1, T, 1, 1), "k": torch.zeros(1, S, 1, 1)}
-    assert visible_pairs(pattern, T, S) == int(visible(inputs, pattern).expand(1, T, S).sum())
+    return int(visible(inputs, pattern).expand(1, T, S).sum())
 
 
-@given(sizes, sizes, sizes)
-def test_chunked_pairs(chunk: int, T: int, S: int) -> None:
-    seen = sum(j <= i and i // chunk == j // chunk for i in range(S - T, S) for j in range(S))
-    assert visible_pairs(Chunked(kind="chunked", chunk=chunk), T, S) == seen
+@settings(max_examples=400)
+@given(st.one_of(PATTERNS, WIDE_GLOBALS), sizes, sizes)
+def test_pairs_are_counted_as_the_mask_has_them(pattern: Pattern, T: int, S: int) -> None:
+    if isinstance(pattern, Random) and not pattern.causal:
+        S += -S % pattern.block_size  # a last block that is drawn counts as whole
+    assert visible_pairs(pattern, T, S) == count(pattern, T, S)
+
+
+@given(sizes, sizes)
+def test_a_last_block_that_is_drawn_counts_as_whole(T: int, S: int) -> None:
+    pattern = Random(block_size=8, random_blocks=2, causal=False)
+    missing = -S % 8
+    assert 0 <= visible_pairs(pattern, T, S) - count(pattern, T, S) <= T * missing
 
 
 def test_a_million_tokens_are_counted_at_once() -> None:
@@ -33,6 +42,12 @@ def test_a_million_tokens_are_counted_at_once() -> None:
     assert visible_pairs(window, T, T) == sum(min(i + 1, 4096) + min(64, max(0, i - 4095)) for i in range(T))
 
 
-def test_a_pattern_that_is_not_built_is_not_counted() -> None:
-    with pytest.raises(TypeError, match="is not built"):
-        visible_pairs(LocalGlobal(kind="local_global", block_size=4, local_blocks=1), 8, 8)
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths_beyond_any_machine_are_counted_too(causal: bool) -> None:
+    T = 2**40
+    for pattern in (
+        Strided(stride=64, window=3, block_size=128, causal=causal),
+        LocalGlobal(block_size=128, local_blocks=4, global_blocks=2, causal=causal),
+        Random(block_size=128, random_blocks=3, local_blocks=3, global_blocks=2, causal=causal),
+    ):
+        assert 0 < visible_pairs(pattern, T, T) < T * T

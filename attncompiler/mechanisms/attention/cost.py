@@ -7,49 +7,10 @@ from typing import Any
 
 from attncompiler.blocks import cost as blocks
 from attncompiler.mechanisms.attention.mechanism import AttentionPolicy
-from attncompiler.mechanisms.attention.pattern import Causal, Chunked, Full, Pattern, SlidingWindow
+from attncompiler.mechanisms.attention.pairs import visible_pairs
 from attncompiler.mechanisms.base import Cost, MixerSize
 
 FP32 = 4
-
-
-def _ramp(count: int, limit: int) -> int:
-    """Σ min(x, limit) over x = 1 … count; 0 for a count below 1."""
-    if count < 1 or limit < 1:
-        return 0
-    low = min(count, limit)
-    return low * (low + 1) // 2 + (count - low) * limit
-
-
-def visible_pairs(pattern: Pattern, T: int, S: int) -> int:
-    """Pairs (query, key) that see each other among T queries and S keys, the last of each aligned; in O(1).
-
-    Raises TypeError for a pattern that is not built in this version.
-    """
-    before = S - T  # the position of the first query
-    match pattern:
-        case Full():
-            return T * S
-        case Causal():
-            return _ramp(S, S) - _ramp(before, S)
-        case SlidingWindow(window=W, global_tokens=G, causal=True):
-            seen = _ramp(S, W) + _ramp(S - W, G)
-            return seen - (_ramp(before, W) + _ramp(before - W, G))
-        case SlidingWindow(window=W, global_tokens=G):
-            # a query before G sees every key; a later one min(S, i + W), less those between the globals and the band
-            wide = max(0, min(G, S) - before)
-            first = max(min(G, S), before)
-            ends = _ramp(S - 1 + W, S) - _ramp(first - 1 + W, S)
-            gaps = _ramp(S - W - G, S) - _ramp(first - W - G, S)
-            return wide * S + ends - gaps
-        case Chunked(chunk=C):
-
-            def rows(count: int) -> int:
-                whole, rest = divmod(max(count, 0), C)
-                return whole * _ramp(C, C) + _ramp(rest, C)
-
-            return rows(S) - rows(before)
-    raise TypeError(f"the pattern {pattern!r} is not built")
 
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:

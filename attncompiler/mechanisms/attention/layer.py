@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
+from attncompiler.blocks.alibi import Alibi
 from attncompiler.blocks.norm import L2Norm, RMSNorm
 from attncompiler.blocks.rotary import Rotary
 from attncompiler.mechanisms.attention.mechanism import AttentionPolicy
-from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, check
+from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, check, new_seed
 from attncompiler.mechanisms.attention.state import extend, init_state
 from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.operator import options_text
 from attncompiler.runtime.site import Site
 
 State = dict[str, Tensor]
 
 
 class AttentionSite(Site):
-    """Runs attention over the new tokens and, in decoding, over the cache."""
+    """Runs attention over the new tokens and, in decoding, over the cache. Dropout acts in training alone."""
+
+    def __init__(
+        self, mechanism: str, chain: Iterable[str], options: AttentionOptions, *, label: str, on_failure: str = "next"
+    ):
+        super().__init__(mechanism, chain, options, label=label, on_failure=on_failure)
+        self.dropout = options.dropout
+        self.options_in_evaluation = options_text(options.model_copy(update={"dropout": 0.0}))
 
     def forward(
         self,
@@ -28,16 +39,22 @@ class AttentionSite(Site):
         segment_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         state: State | None = None,
+        sinks: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
-        """q (B, T, H, D), k (B, T, K, D), v (B, T, K, V) → out (B, T, H, V) and the cache, when one was given."""
+        """q (B, T, H, D), k (B, T, K, D), v (B, T, K, V) → out (B, T, H, V) and the cache, when one was given.
+
+        sinks and alibi_slopes (H,) are the operator's.
+        """
+        scores = {"sinks": sinks, "alibi_slopes": alibi_slopes}
         if state is None:
-            return self._run(check(q, k, v, segment_ids, None, attention_mask)), None
+            return self._run(check(q, k, v, segment_ids, None, attention_mask, **scores)), None
         assert position_ids is not None
         positions = position_ids.expand(q.shape[0], -1)
         first = state["k"].shape[1] == 0
         state = extend(state, k, v, positions, attention_mask)
         if first:
-            return self._run(check(q, k, v, attention_mask=attention_mask)), state
+            return self._run(check(q, k, v, attention_mask=attention_mask, **scores)), state
         return self._run(
             check(
                 q,
@@ -46,11 +63,16 @@ class AttentionSite(Site):
                 attention_mask=state["mask"],
                 q_positions=positions.contiguous(),
                 kv_positions=state["positions"],
+                **scores,
             )
         ), state
 
     def _run(self, tensors: dict[str, Tensor | None]) -> Tensor:
-        return OPERATOR(tensors, self.options, self.handle)["out"]
+        if not (self.training and self.dropout):
+            return OPERATOR(tensors, self.options_in_evaluation, self.handle)["out"]
+        q = tensors["q"]
+        assert q is not None
+        return OPERATOR(tensors | {"dropout_seed": new_seed(q.device)}, self.options, self.handle)["out"]
 
 
 class Attention(nn.Module):
@@ -74,6 +96,8 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = None
         self.rotary = Rotary(D, policy.rope_parameters) if policy.rope_parameters else None
+        self.sinks = nn.Parameter(torch.empty(policy.num_attention_heads)) if policy.sinks else None
+        self.alibi = Alibi(policy.num_attention_heads) if policy.alibi else None
         scalar = policy.query_pre_attn_scalar
         self.site = AttentionSite(
             "attention",
@@ -106,8 +130,13 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
             q, k = self.rotary(q, k, position_ids)
-        out, state = self.site(q, k, v, position_ids, segment_ids, attention_mask, state)
+        slopes = None if self.alibi is None else self.alibi(q)
+        out, state = self.site(q, k, v, position_ids, segment_ids, attention_mask, state, self.sinks, slopes)
         return self.o_proj(out.flatten(-2)), state
+
+    def initial_value(self, name: str, generator: torch.Generator) -> Tensor:
+        """How sinks start: normal with a deviation of 0.02, as GPT-OSS's do."""
+        return torch.empty(self.policy.num_attention_heads).normal_(0, 0.02, generator=generator)
 
     def init_state(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> State:
         """An empty cache for B sequences of up to `max_length` tokens."""
