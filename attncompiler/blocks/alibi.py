@@ -22,7 +22,7 @@ class Alibi(nn.Module):
         dtype = torch.promote_types(example.dtype, torch.float32)
         n = 2 ** (self.heads.bit_length() - 1)
         first = torch.arange(1, n + 1, device=example.device, dtype=dtype) / n
-        rest = torch.arange(1, 2 * (self.heads - n), 2, device=example.device, dtype=dtype) / (2 * n)
+        rest = (torch.arange(self.heads - n, device=example.device, dtype=dtype) * 2 + 1) / (2 * n)
         return torch.exp2(-8 * torch.cat([first, rest]))
 
     def extra_repr(self) -> str:

@@ -22,7 +22,7 @@ def layers(explained: dict[str, Any], *, costs: bool) -> None:
         row = [
             layer["indices"],
             layer["policy"],
-            layer["mechanism"],
+            _mechanism(layer),
             layer["mlp"],
             ", ".join(layer["chain"]) or "none",
             f"{layer['parameters']:,}",
@@ -37,6 +37,13 @@ def layers(explained: dict[str, Any], *, costs: bool) -> None:
             row.insert(5, str(len(layer["refusals"])))
         rows.append(row)
     output.table(columns + right[1:] if costs else columns, rows, right=right)
+
+
+def _mechanism(layer: dict[str, Any]) -> str:
+    """Its name, and what its tokens see of each other where that is not everything."""
+    if layer["pattern"] is None:
+        return layer["mechanism"]
+    return f"{layer['mechanism']}: {layer['pattern']}, {100 * layer['density']:.3g}%"
 
 
 def refusals(explained: dict[str, Any]) -> None:

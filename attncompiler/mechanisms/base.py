@@ -274,6 +274,8 @@ class Mechanism:
     """(policy, size) → what its layers ask beside `features` on a batch of that size"""
     bounded: bool = False
     """whether it cannot take more tokens than the model's max_position_embeddings"""
+    sees: Callable[[Any, int], tuple[str, float]] | None = None
+    """(policy, tokens T) → what a token sees of the others, in a word, and the share of all T² pairs that meet"""
     places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """feature → where the policy asks for it, for features that are not named as a field is"""
 

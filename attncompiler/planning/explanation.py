@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
+from attncompiler.mechanisms.base import discover
 from attncompiler.planning.cost import Memory, ModelCost, Part, layer_time, model_cost
 from attncompiler.planning.model import Plan, PlannedLayer
 from attncompiler.spec.expand import ResolvedLayer
@@ -51,11 +52,15 @@ def _layers(spec: ModelSpec, plan: Plan, cost: ModelCost) -> Iterator[dict[str, 
         groups.setdefault((layer.policy_name, layer.mlp), []).append((layer, planned, part))
     for (policy, _), members in groups.items():
         layer, planned, part = members[0]
+        sees = discover()[planned.mechanism].sees
+        pattern, density = (None, None) if sees is None else sees(layer.policy, plan.seq_len)
         time = layer_time(part, plan)
         assert part.mixer is not None
         yield {
             "policy": policy,
             "mechanism": planned.mechanism,
+            "pattern": pattern,
+            "density": density,
             "indices": ranges(member[0].index for member in members),
             "count": len(members),
             "mlp": layer.mlp.kind,

@@ -33,7 +33,7 @@ BAD = {
     "a name with slashes": (SPEC.replace("small", "../small"), "E104"),
     "an unknown target": (SPEC.replace("h200", "h2000"), "E107"),
     "a demand that fails": (SPEC.replace("kind: attention", "kind: attention, kernel: triton"), "E202"),
-    "what is not built": (SPEC.replace("sliding_window, window: 4", "chunked, chunk: 4"), "E203"),
+    "what is not built": (SPEC.replace("window: 4}", "window: 4}, routes: [{when: training, packing: true}]"), "E203"),
     "a list that refuses": (SPEC.replace("kind: attention", "kind: attention, kernel: [triton]"), "E201"),
 }
 

@@ -98,6 +98,10 @@ def test_a_state_of_no_models_dtype_is_refused(dtype: torch.dtype) -> None:
 OTHERS = {
     "attention": MIXERS["attention"].replace("num_key_value_heads: 2", "num_key_value_heads: 1"),
     "window": MIXERS["window"].replace("num_attention_heads: 4", "num_attention_heads: 4, head_dim: 16"),
+    "strided": MIXERS["strided"].replace("heads: 2", "heads: 4"),
+    "local_global": MIXERS["local_global"].replace("heads: 4", "heads: 2"),
+    "random": MIXERS["random"].replace("v_head_dim: 12", "v_head_dim: 8"),
+    "chunked": MIXERS["chunked"].replace("num_key_value_heads: 2", "num_key_value_heads: 1"),
     "linear_attention": MIXERS["linear_attention"].replace("heads: 2", "heads: 4"),
     "mamba": MIXERS["mamba"].replace("state_size: 4", "state_size: 4, expand: 4"),
     "mamba2": MIXERS["mamba2"].replace("head_dim: 16", "head_dim: 8"),

@@ -14,6 +14,7 @@ from attncompiler.errors import UsageError
 from attncompiler.pipeline import build
 
 HYBRID = tuple(MIXERS.values())
+UNDECAYED = ("bias", "A_log", ".D", "norm.weight", "sinks")
 
 
 def test_weights_are_the_same_from_meta_and_depend_on_seed_and_name_alone() -> None:
@@ -61,9 +62,9 @@ def test_parameter_groups_hold_every_parameter_once() -> None:
         assert sorted(ids) == sorted(id(p) for p in built.parameters())
         names = {id(p): name for name, p in built.named_parameters()}
         for p in decayed["params"]:
-            assert not names[id(p)].endswith(("bias", "A_log", ".D", "norm.weight")), names[id(p)]
+            assert not names[id(p)].endswith(UNDECAYED), names[id(p)]
         for p in rest["params"]:
-            assert names[id(p)].endswith(("bias", "A_log", ".D", "norm.weight")), names[id(p)]
+            assert names[id(p)].endswith(UNDECAYED), names[id(p)]
 
 
 def test_own_tensors_counts_ties_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from small_specs import NAMES, ROOT, example, small
 
 from attncompiler import pipeline, targets
 from attncompiler.errors import ArtifactError, Diagnostic, PlanError
-from attncompiler.mechanisms.base import discover
+from attncompiler.mechanisms.base import ANY, OneOf, discover
 from attncompiler.planning import Plan, plan
 from attncompiler.spec import dump, parse
 from attncompiler.spec.model import ModelSpec
@@ -114,10 +115,19 @@ UNBUILT = [
     ("sinks: true", "sinks", "sinks"),
     ("alibi: true", "alibi", "alibi"),
     ("attention_dropout: 0.1", "attention_dropout", "attention_dropout"),
-    ("rope_parameters: {rope_type: linear, factor: 2.0}", "rope_type 'linear'", "rope_parameters", "rope_type"),
 ]
 
 
+@pytest.fixture
+def older(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as a version had it whose kernels offered three patterns and no option of a score."""
+    attention = discover()["attention"]
+    offered = {"pattern": OneOf("causal", "full", "sliding_window"), "deterministic": ANY, "mask_bytes": ANY}
+    kernels = tuple(replace(kernel, needs=replace(kernel.needs, features=offered)) for kernel in attention.kernels)
+    monkeypatch.setitem(discover(), "attention", replace(attention, kernels=kernels))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("older")
 @pytest.mark.parametrize(("option", "said", "path"), [(o, said, path) for o, said, *path in UNBUILT])
 def test_an_option_that_no_kernel_offers_is_said_to_be_unbuilt_where_it_stands(
     option: str, said: str, path: list[str]
@@ -132,6 +142,7 @@ def test_an_option_that_no_kernel_offers_is_said_to_be_unbuilt_where_it_stands(
     assert fault.location == spec.place("policies", "p0", *path) != spec.place("policies", "p0")
 
 
+@pytest.mark.usefixtures("older")
 def test_an_unbuilt_pattern_names_those_that_are_built() -> None:
     with pytest.raises(PlanError, match=r"E203.*; built are causal, full, sliding_window$"):
         plan(small(ATTENTION.format(", pattern: {kind: strided, stride: 4, window: 4}")), "cpu")
@@ -157,6 +168,7 @@ def test_a_refused_policy_is_placed_where_its_kernels_are_named() -> None:
     assert error.value.diagnostics[0].location == both.place("policies", "p0", "kernel") != both.place("policies", "p0")
 
 
+@pytest.mark.usefixtures("older")
 def test_a_spec_is_equal_to_one_from_elsewhere_and_one_made_in_python_has_no_places() -> None:
     spec = small(ATTENTION.format(", sinks: true"))
     bare = ModelSpec.model_validate(spec.model_dump())
@@ -167,6 +179,7 @@ def test_a_spec_is_equal_to_one_from_elsewhere_and_one_made_in_python_has_no_pla
     assert error.value.diagnostics[0].location is None
 
 
+@pytest.mark.usefixtures("older")
 def test_all_faults_of_all_policies_at_once() -> None:
     spec = small(
         ATTENTION.format(", kernel: triton"),
@@ -282,6 +295,7 @@ def test_a_damaged_plan_is_a_named_error() -> None:
         assert error.value.diagnostics[0].code == code
 
 
+@pytest.mark.usefixtures("older")
 def test_the_refusals_of_every_listed_target_are_said_at_once() -> None:
     spec = parse(dump(small(ATTENTION.format(", kernel: sdpa"))), overrides=["targets=[h200, cpu, mi300x]"])
     with pytest.raises(PlanError) as error:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from attncompiler.mechanisms.attention.pairs import visible_pairs
 from attncompiler.mechanisms.attention.pattern import Causal, Pattern
 from attncompiler.mechanisms.base import (
     ANY,
@@ -81,6 +82,11 @@ def sized(policy: AttentionPolicy, size: MixerSize) -> Mapping[str, Value]:
 def unbuilt(policy: AttentionPolicy) -> Iterator[Fault]:
     """Options of the grammar that the layer does not build in this version."""
     yield from unbuilt_rope(policy.rope_parameters)
+
+
+def sees(policy: AttentionPolicy, tokens: int) -> tuple[str, float]:
+    """The pattern's kind, and its density over so many tokens."""
+    return policy.pattern.kind, visible_pairs(policy.pattern, tokens, tokens) / tokens**2
 
 
 PLACES = {
@@ -168,5 +174,6 @@ MECHANISM = Mechanism(
     relations=relations,
     unbuilt=unbuilt,
     sized=sized,
+    sees=sees,
     places=PLACES,
 )
