@@ -6,7 +6,8 @@ activation that two blocks keep is counted by the later one, as its input.
 
 from __future__ import annotations
 
-from attncompiler.mechanisms.base import Cost
+from attncompiler.mechanisms.base import Cost, MixerSize
+from attncompiler.mechanisms.rope import RopeParameters, rotary_width
 
 FP32 = 4
 INT64 = 8
@@ -69,6 +70,23 @@ def convolution(tokens: int, channels: int, width: int, bias: bool, itemsize: in
         forward_bytes=2 * tokens * channels * itemsize,
         backward_bytes=4 * tokens * channels * itemsize,
         workspace_bytes=2 * tokens * channels * itemsize,
+    )
+
+
+def rotary(rope: RopeParameters | None, size: MixerSize, heads: int, head_dim: int) -> Cost:
+    """Rotary of `heads` queries and keys together, which torch's counter does not count.
+
+    Autograd keeps cosines and sines alone, one for each position of a sequence and channel that is turned; a dynamic
+    one's decode state has the length it was made for.
+    """
+    if rope is None:
+        return Cost()
+    moved = 2 * size.tokens * heads * head_dim * size.itemsize
+    return Cost(
+        forward_bytes=moved,
+        backward_bytes=moved,
+        saved_bytes=2 * size.seq_len * int(rotary_width(rope, head_dim)) * size.itemsize,
+        state_bytes=size.batch * INT64 if rope.rope_type == "dynamic" else 0,
     )
 
 

@@ -30,6 +30,21 @@ def segment_positions(attention_mask: Tensor | None, segment_ids: Tensor | None,
     return index - torch.where(first, index, 0).cummax(1).values
 
 
+def sequence_lengths(position_ids: Tensor) -> Tensor:
+    """How long the sequence is that each token belongs to: position_ids (B, T) → (B, T).
+
+    A sequence is a run in which positions rise, and its length its last position and one. Tokens at position 0 begin a
+    sequence or are padding, on either side or inside: they neither end a run nor add to it, and their own length may be
+    that of the run before them. Reads no value on the host.
+    """
+    counted = position_ids > 0
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    latest = position_ids.gather(1, torch.where(counted, index, 0).cummax(1).values)
+    starts = counted[:, 1:] & (position_ids[:, 1:] <= latest[:, :-1])
+    run = nn.functional.pad(starts, (1, 0)).cumsum(1)
+    return torch.zeros_like(position_ids).scatter_reduce(1, run, position_ids, "amax").gather(1, run) + 1
+
+
 def check_inputs(tokens: Tensor, **others: Tensor | None) -> None:
     """One check at a model's door. Raises InputError: E401 shapes, E402 ids that are not whole numbers."""
     if tokens.dim() not in (2, 3):

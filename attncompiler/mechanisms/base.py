@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -186,11 +186,6 @@ def nothing_more(policy: Any, size: MixerSize) -> Mapping[str, Value]:
     return {}
 
 
-def all_built(policy: Any) -> tuple[Fault, ...]:
-    """For a mechanism whose layer builds every option of the grammar."""
-    return ()
-
-
 @dataclass(frozen=True, slots=True)
 class MixerSize:
     """At what size a mixer is costed: a batch of B sequences of T tokens, M wide, on one kernel of its chain."""
@@ -268,8 +263,6 @@ class Mechanism:
     """entry of the hypothesis strategy and bench shapes"""
     relations: Callable[[Any, Any], Iterable[Fault]] = no_faults
     """(policy, the spec's model section) → what does not fit together, checked before planning"""
-    unbuilt: Callable[[Any], Iterable[Fault]] = all_built
-    """policy → its options that the layer does not build in this version; those that no kernel offers are found"""
     sized: Callable[[Any, MixerSize], Mapping[str, Value]] = nothing_more
     """(policy, size) → what its layers ask beside `features` on a batch of that size"""
     bounded: bool = False
@@ -304,71 +297,6 @@ Length = Annotated[int, Field(ge=1, lt=2**40)]
 """A number of tokens or of blocks of them."""
 Factor = Annotated[float, Field(gt=0, lt=1e30)]
 """A positive number that fp32 holds with room to spare."""
-
-
-class RopeParameters(StrictModel, allow_inf_nan=False):
-    """Rotary position embedding, with the field names of HF's `rope_parameters`."""
-
-    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
-    rope_theta: Factor = 10000.0
-    factor: Factor | None = None
-    original_max_position_embeddings: Length | None = None
-    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
-    interleaved: bool = False
-    attention_factor: Factor | None = None
-    beta_fast: Factor | None = None
-    beta_slow: Factor | None = None
-    low_freq_factor: Factor | None = None
-    high_freq_factor: Factor | None = None
-
-
-_YARN = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ("factor",)),
-    "dynamic": (("factor",), ("factor", "original_max_position_embeddings")),
-    "yarn": (("factor",), _YARN),
-    "llama3": (_LLAMA3, _LLAMA3),
-}
-"""rope_type → the options it needs, and those it takes."""
-
-
-def rope_faults(rope: RopeParameters | None) -> Iterator[Fault]:
-    """Rotary options that their type needs and that are not there, or that it does not take."""
-    if rope is None:
-        return
-    needed, taken = ROPE_OPTIONS[rope.rope_type]
-    for option in needed:
-        if getattr(rope, option) is None:
-            yield Fault(("rope_parameters",), f"rope_type {rope.rope_type!r} needs {option!r}", code="E105")
-    for option in dict.fromkeys((*_YARN, *_LLAMA3)):
-        if getattr(rope, option) is not None and option not in taken:
-            message = f"{option!r} means nothing to rope_type {rope.rope_type!r}"
-            yield Fault(("rope_parameters", option), message, code="E105", remedy="remove it, or change rope_type")
-
-
-def unbuilt_rope(rope: RopeParameters | None) -> Iterator[Fault]:
-    """A rope_type that the layers do not build in this version."""
-    if rope is not None and rope.rope_type != "default":
-        message = f"rope_type {rope.rope_type!r} is {NOT_BUILT}"
-        yield Fault(("rope_parameters", "rope_type"), message, code="E203", remedy="only 'default' is")
-
-
-def rotary_width(rope: RopeParameters, head_dim: int) -> float:
-    """How many of a head's channels are turned: a whole number where the factor means one, rounding of floats aside."""
-    width = head_dim * rope.partial_rotary_factor
-    return round(width) if abs(width - round(width)) < 1e-6 else width
-
-
-def rotary_width_faults(rope: RopeParameters | None, head_dim: int) -> Iterator[Fault]:
-    """A rotary part of a head that does not fall into pairs."""
-    if rope is None:
-        return
-    rotary = rotary_width(rope, head_dim)
-    if not rotary or rotary % 2:
-        message = f"the rotary part of a head is {rotary:g} wide, and must be a positive even number"
-        yield Fault(("rope_parameters",), message, remedy="change head_dim or partial_rotary_factor")
 
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]

@@ -129,11 +129,9 @@ def _used(spec: ModelSpec) -> Mapping[str, Policy]:
 
 
 def _unbuilt(spec: ModelSpec, name: str, policy: Policy) -> tuple[Diagnostic, ...]:
-    """The policy's options that its layer does not build, or that no kernel of its mechanism offers (E203)."""
+    """The policy's options that this version does not build, or that no kernel of its mechanism offers (E203)."""
     mechanism = discover()[policy.kind]
-    found = [*mechanism.unbuilt(policy)]
-    if policy.routes:
-        found.append(Fault(("routes",), f"routes are {NOT_BUILT}", "E203"))
+    found = [Fault(("routes",), f"routes are {NOT_BUILT}", "E203")] if policy.routes else []
     for feature, value in mechanism.features(policy, spec.model).items():
         if all(kernel.needs.refuse(feature, value) for kernel in mechanism.kernels):
             path = mechanism.places.get(feature, (feature,))

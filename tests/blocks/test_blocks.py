@@ -1,8 +1,7 @@
-"""Norms, rotary, positions, pooling and losses against their formulas, and what they refuse."""
+"""Norms, positions, pooling and losses against their formulas, and what they refuse."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -14,9 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from attncompiler.blocks.head import ClassifierLoss, LMLoss, Pool, linear_cross_entropy
 from attncompiler.blocks.norm import rms_norm
 from attncompiler.blocks.positions import segment_positions
-from attncompiler.blocks.rotary import Rotary
 from attncompiler.errors import InputError
-from attncompiler.mechanisms.base import RopeParameters, rotary_width_faults
 from attncompiler.testing.memory import PeakMemory
 
 
@@ -139,57 +136,6 @@ def test_half_precision_gradients_of_many_labels_survive_with_a_loss_scale() -> 
     expected = torch.autograd.grad(torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, labels) * 2.0**16, exact)
     for got, truth in zip(found, expected, strict=True):
         assert (got - truth).norm() < 2e-3 * truth.norm()
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("partial", [1.0, 0.5])
-def test_rotary_turns_pairs_by_their_angle(interleaved: bool, partial: float) -> None:
-    D, theta = 8, 100.0
-    rotary = Rotary(D, RopeParameters(rope_theta=theta, partial_rotary_factor=partial, interleaved=interleaved))
-    q, k = torch.randn(1, 6, 2, D, dtype=torch.float64), torch.randn(1, 6, 1, D, dtype=torch.float64)
-    positions = torch.tensor([[0, 1, 2, 7, 8, 30]])
-    turned, _ = rotary(q, k, positions)
-    width = int(D * partial)
-    expected = q.clone()
-    for t, position in enumerate(positions[0].tolist()):
-        for pair in range(width // 2):
-            a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
-            angle = position * theta ** (-2 * pair / width)
-            c, s = math.cos(angle), math.sin(angle)
-            expected[0, t, :, a] = q[0, t, :, a] * c - q[0, t, :, b] * s
-            expected[0, t, :, b] = q[0, t, :, b] * c + q[0, t, :, a] * s
-    torch.testing.assert_close(turned, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_rotary_and_the_relation_agree_on_a_width_that_floats_miss() -> None:
-    """100 · 0.28 is above 28 in floats, 180 · 0.7 below 126."""
-    for head_dim in range(2, 257):
-        for hundredths in range(1, 101):
-            rope, exact = RopeParameters(partial_rotary_factor=hundredths / 100), head_dim * hundredths
-            faults = list(rotary_width_faults(rope, head_dim))
-            assert bool(faults) == bool(exact % 200), (head_dim, hundredths)
-            if not faults:
-                assert Rotary(head_dim, rope).width == exact // 100
-    assert list(rotary_width_faults(RopeParameters(partial_rotary_factor=1e-9), 64)), "none is no even number above 0"
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rotary_gradient_is_the_turn_back(interleaved: bool) -> None:
-    rotary = Rotary(6, RopeParameters(interleaved=interleaved, partial_rotary_factor=0.7))
-    q = torch.randn(1, 3, 2, 6, dtype=torch.float64, requires_grad=True)
-    k = torch.randn(1, 3, 1, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, b: rotary(a, b), (q, k))
-
-
-def test_scores_after_rotary_depend_on_distance_alone() -> None:
-    rotary = Rotary(16, RopeParameters())
-    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    scores = []
-    for offset in (0, 5, 1000):
-        turned, _ = rotary(q, k, torch.tensor([[offset + 3]]))
-        _, other = rotary(q, k, torch.tensor([[offset]]))
-        scores.append((turned * other).sum())
-    torch.testing.assert_close(scores[1:], scores[:1] * 2, rtol=1e-3, atol=1e-3)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=4))

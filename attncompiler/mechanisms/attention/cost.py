@@ -55,12 +55,7 @@ def cost(policy: AttentionPolicy, size: MixerSize) -> Cost:
             workspace_bytes=out + heads + _kernel_workspace(policy, size),
         )
     )
-    if policy.rope_parameters is not None:
-        total = total + Cost(
-            forward_bytes=2 * n * (H + K) * D * itemsize,
-            backward_bytes=2 * n * (H + K) * D * itemsize,
-            saved_bytes=2 * size.seq_len * D * itemsize,
-        )
+    total = total + blocks.rotary(policy.rope_parameters, size, H + K, D)
     if policy.qk_norm != "none":
         kind = "rmsnorm" if policy.qk_norm == "rms" else "l2"
         queries = blocks.norm(kind, n * H, D, itemsize)

@@ -95,7 +95,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = L2Norm(context.norm_eps), L2Norm(context.norm_eps)
         else:
             self.q_norm = self.k_norm = None
-        self.rotary = Rotary(D, policy.rope_parameters) if policy.rope_parameters else None
+        self.rotary = Rotary(D, rope, context.max_position_embeddings) if (rope := policy.rope_parameters) else None
         self.sinks = nn.Parameter(torch.empty(policy.num_attention_heads)) if policy.sinks else None
         self.alibi = Alibi(policy.num_attention_heads) if policy.alibi else None
         scalar = policy.query_pre_attn_scalar
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary(q, k, position_ids)
+            q, k = self.rotary(q, k, position_ids, state)
         slopes = None if self.alibi is None else self.alibi(q)
         out, state = self.site(q, k, v, position_ids, segment_ids, attention_mask, state, self.sinks, slopes)
         return self.o_proj(out.flatten(-2)), state
@@ -140,4 +140,5 @@ class Attention(nn.Module):
 
     def init_state(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> State:
         """An empty cache for B sequences of up to `max_length` tokens."""
-        return init_state(self.policy, self.context, batch, max_length, device, dtype)
+        state = init_state(self.policy, self.context, batch, max_length, device, dtype)
+        return state if self.rotary is None else {**state, **self.rotary.init_state(batch, max_length, device)}

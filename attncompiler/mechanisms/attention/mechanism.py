@@ -20,13 +20,10 @@ from attncompiler.mechanisms.base import (
     Needs,
     OneOf,
     Policy,
-    RopeParameters,
     Size,
     Value,
-    rope_faults,
-    rotary_width_faults,
-    unbuilt_rope,
 )
+from attncompiler.mechanisms.rope import RopeParameters, rope_faults, rotary_width_faults
 
 
 class AttentionPolicy(Policy):
@@ -77,11 +74,6 @@ def sized(policy: AttentionPolicy, size: MixerSize) -> Mapping[str, Value]:
     """The dense mask that a kernel without a form of its own for the pattern would need."""
     plain = policy.pattern.kind in ("full", "causal")
     return {"mask_bytes": 0 if plain else size.seq_len**2 * size.itemsize}
-
-
-def unbuilt(policy: AttentionPolicy) -> Iterator[Fault]:
-    """Options of the grammar that the layer does not build in this version."""
-    yield from unbuilt_rope(policy.rope_parameters)
 
 
 def sees(policy: AttentionPolicy, tokens: int) -> tuple[str, float]:
@@ -172,7 +164,6 @@ MECHANISM = Mechanism(
     reference="attncompiler.mechanisms.attention.reference:attention",
     cases="attncompiler.mechanisms.attention.cases:CASES",
     relations=relations,
-    unbuilt=unbuilt,
     sized=sized,
     sees=sees,
     places=PLACES,

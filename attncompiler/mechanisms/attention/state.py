@@ -38,6 +38,7 @@ def extend(
     B, T = k.shape[:2]
     mask = torch.ones(B, T, device=k.device, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     return {
+        **state,
         "k": torch.cat([state["k"].to(k.dtype), k], 1),
         "v": torch.cat([state["v"].to(v.dtype), v], 1),
         "mask": torch.cat([state["mask"], mask], 1),

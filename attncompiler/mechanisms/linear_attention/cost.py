@@ -57,10 +57,7 @@ def cost(policy: LinearAttentionPolicy, size: MixerSize) -> Cost:
             state_bytes=state,
         )
     )
-    if policy.rope_parameters is not None:
-        turned = 2 * n * 2 * H * D * itemsize
-        total = total + Cost(forward_bytes=turned, backward_bytes=turned, saved_bytes=2 * size.seq_len * D * itemsize)
-    return total
+    return total + blocks.rotary(policy.rope_parameters, size, 2 * H, D)
 
 
 def _kernel_workspace(policy: LinearAttentionPolicy, size: MixerSize) -> int:

@@ -32,7 +32,7 @@ class LinearAttentionSite(Site):
         results = OPERATOR(check(q, k, v, initial, segment_ids, attention_mask), self.options, self.handle)
         if state is None:
             return results["out"], None
-        return results["out"], {name: results[f"final_{name}"] for name in ("s", "z", "m")}
+        return results["out"], {**state, **{name: results[f"final_{name}"] for name in ("s", "z", "m")}}
 
 
 class LinearAttention(nn.Module):
@@ -49,7 +49,7 @@ class LinearAttention(nn.Module):
         self.k_proj = nn.Linear(M, H * D, bias=qkv_bias)
         self.v_proj = nn.Linear(M, H * V, bias=qkv_bias)
         self.o_proj = nn.Linear(H * V, M, bias=policy.attention_bias == "all")
-        self.rotary = Rotary(D, policy.rope_parameters) if policy.rope_parameters else None
+        self.rotary = Rotary(D, rope, context.max_position_embeddings) if (rope := policy.rope_parameters) else None
         self.site = LinearAttentionSite(
             "linear_attention",
             context.chain,
@@ -78,10 +78,11 @@ class LinearAttention(nn.Module):
         k = self.k_proj(hidden).unflatten(-1, (-1, self.key_width))
         v = self.v_proj(hidden).unflatten(-1, (-1, self.value_width))
         if self.rotary is not None:
-            q, k = self.rotary(q, k, position_ids)
+            q, k = self.rotary(q, k, position_ids, state)
         out, state = self.site(q, k, v, segment_ids, attention_mask, state)
         return self.o_proj(out.flatten(-2)), state
 
     def init_state(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> State:
         """The state before the first token of B sequences. Raises InputError (E503) for a layer that is not causal."""
-        return init_state(self.policy, self.context, batch, max_length, device, dtype)
+        state = init_state(self.policy, self.context, batch, max_length, device, dtype)
+        return state if self.rotary is None else {**state, **self.rotary.init_state(batch, max_length, device)}

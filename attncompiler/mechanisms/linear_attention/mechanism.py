@@ -15,13 +15,10 @@ from attncompiler.mechanisms.base import (
     Needs,
     OneOf,
     Policy,
-    RopeParameters,
     Size,
     Value,
-    rope_faults,
-    rotary_width_faults,
-    unbuilt_rope,
 )
+from attncompiler.mechanisms.rope import RopeParameters, rope_faults, rotary_width_faults
 
 FeatureMap = Literal["elu", "favor", "relu", "identity"]
 
@@ -62,11 +59,6 @@ def features(policy: LinearAttentionPolicy, model: Any) -> Mapping[str, Value]:
         "bidirectional": not policy.causal,
         "decay": policy.decay,
     }
-
-
-def unbuilt(policy: LinearAttentionPolicy) -> Iterator[Fault]:
-    """Options of the grammar that the layer does not build in this version."""
-    yield from unbuilt_rope(policy.rope_parameters)
 
 
 def relations(policy: LinearAttentionPolicy, model: Any) -> Iterator[Fault]:
@@ -139,5 +131,4 @@ MECHANISM = Mechanism(
     reference="attncompiler.mechanisms.linear_attention.reference:linear_attention",
     cases="attncompiler.mechanisms.linear_attention.cases:CASES",
     relations=relations,
-    unbuilt=unbuilt,
 )
