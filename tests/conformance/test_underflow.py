@@ -14,6 +14,8 @@ from attncompiler.blocks.underflow import LOG2_E, exp2_, flush_
 from attncompiler.mechanisms.attention.kernels import chunkwise as attention
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import SlidingWindow
+from attncompiler.mechanisms.linear_attention.kernels import chunkwise as linear_attention
+from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
 from attncompiler.mechanisms.linformer.kernels import sdpa as linformer
 from attncompiler.mechanisms.linformer.op import LinformerOptions
 from attncompiler.mechanisms.mamba2.kernels import chunkwise as mamba2
@@ -87,6 +89,13 @@ def linformer_call() -> tuple[dict[str, Tensor], Any]:
     }, (LinformerOptions())
 
 
+def favor_call() -> tuple[dict[str, Tensor], Any]:
+    q, k, v = (far_apart(1, 128, 2, 16) for _ in range(3))
+    decays = torch.linspace(-3, -0.01, 128)[None, :, None].expand(1, 128, 2).contiguous()
+    given = {"q": q, "k": k.flip(1), "v": v, "projection": far_apart(24, 16) / 5, "log_decay": decays}
+    return given, LinearAttentionOptions(feature_map="favor", eps=1e-30)
+
+
 def mamba2_call() -> tuple[dict[str, Tensor], Any]:
     x, b, c = far_apart(1, 128, 2, 8), far_apart(1, 128, 1, 8), far_apart(1, 128, 1, 8)
     dt = torch.linspace(0.5, 2, 128)[None, :, None].expand(1, 128, 2).contiguous()
@@ -95,8 +104,13 @@ def mamba2_call() -> tuple[dict[str, Tensor], Any]:
 
 @pytest.mark.parametrize(
     ("by", "call"),
-    [(attention.KERNEL, attention_call), (linformer.KERNEL, linformer_call), (mamba2.KERNEL, mamba2_call)],
-    ids=["attention", "linformer", "mamba2"],
+    [
+        (attention.KERNEL, attention_call),
+        (linear_attention.KERNEL, favor_call),
+        (linformer.KERNEL, linformer_call),
+        (mamba2.KERNEL, mamba2_call),
+    ],
+    ids=["attention", "favor", "linformer", "mamba2"],
 )
 def test_no_product_reads_a_subnormal_number(
     by: Implementation, call: Callable[[], tuple[dict[str, Tensor], Any]]

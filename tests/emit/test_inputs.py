@@ -103,6 +103,9 @@ OTHERS = {
     "random": MIXERS["random"].replace("v_head_dim: 12", "v_head_dim: 8"),
     "chunked": MIXERS["chunked"].replace("num_key_value_heads: 2", "num_key_value_heads: 1"),
     "linear_attention": MIXERS["linear_attention"].replace("heads: 2", "heads: 4"),
+    "performer": MIXERS["performer"].replace("num_features: 24", "num_features: 16"),
+    "retention": MIXERS["retention"].replace("heads: 2", "heads: 4"),
+    "gated": MIXERS["gated"].replace("heads: 2", "heads: 4"),
     "mamba": MIXERS["mamba"].replace("state_size: 4", "state_size: 4, expand: 4"),
     "mamba2": MIXERS["mamba2"].replace("head_dim: 16", "head_dim: 8"),
 }
@@ -113,7 +116,7 @@ OTHERS = {
 def test_another_models_state_is_refused_and_the_models_own_is_not(kind: str) -> None:
     built = model(MIXERS[kind])
     others = [model(OTHERS[kind]), model(MIXERS[kind], layers=3)]
-    others += [model(MIXERS[other]) for other in ("mamba", "linear_attention") if other != kind]
+    others += [model(MIXERS[other]) for other in ("mamba", "attention") if other != kind]
     wrong = [other.init_state(2, 16) for other in others]
     wrong += [other.step(X, state)[1] for other, state in zip(others, wrong, strict=True)]
     for state in (*wrong, {}, None, built.init_state(2, 16)["layers"]):

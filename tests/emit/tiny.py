@@ -23,6 +23,10 @@ MIXERS = {
     "chunked": "{kind: attention, num_attention_heads: 4, num_key_value_heads: 2, sinks: true, qk_norm: l2, "
     "attn_logit_softcapping: 3.0, pattern: {kind: chunked, chunk: 6}}",
     "linear_attention": "{kind: linear_attention, num_attention_heads: 2}",
+    "performer": "{kind: linear_attention, num_attention_heads: 2, feature_map: favor, num_features: 24}",
+    "retention": "{kind: linear_attention, num_attention_heads: 2, feature_map: identity, normalize: false, "
+    "decay: retention, scale: 0.25, rope_parameters: {rope_type: default}}",
+    "gated": "{kind: linear_attention, num_attention_heads: 2, decay: scalar}",
     "mamba": "{kind: mamba, state_size: 4}",
     "mamba2": "{kind: mamba2, state_size: 8, head_dim: 16, expand: 2, chunk_size: 8}",
 }
@@ -31,6 +35,7 @@ ENCODERS = {
     "bigbird": "{kind: attention, num_attention_heads: 4, alibi: true, pattern: {kind: random, block_size: 2, "
     "random_blocks: 1, global_blocks: 1, causal: false}}",
     "both_ways": "{kind: linear_attention, num_attention_heads: 2, causal: false}",
+    "performer_both_ways": "{kind: linear_attention, num_attention_heads: 2, causal: false, feature_map: favor}",
     "linformer": "{kind: linformer, num_attention_heads: 4, projected_length: 8}",
 }
 FORMS = {

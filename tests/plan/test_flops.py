@@ -40,6 +40,14 @@ FORMS: dict[str, ModelSpec] = {
     "mamba2_gate": small("{kind: mamba2, state_size: 16, head_dim: 8, rms_norm: false}"),
     "mamba2_norm_first": small("{kind: mamba2, state_size: 16, head_dim: 8, norm_before_gate: true}"),
     "linear": small("{kind: linear_attention, num_attention_heads: 4, causal: false, rope_parameters: {}}"),
+    "performer": small(
+        "{kind: linear_attention, num_attention_heads: 4, v_head_dim: 6, feature_map: favor, redraw_interval: 3}",
+        "{kind: linear_attention, num_attention_heads: 2, causal: false, feature_map: favor, num_features: 40}",
+    ),
+    "decays": small(
+        "{kind: linear_attention, num_attention_heads: 4, decay: scalar}",
+        "{kind: linear_attention, num_attention_heads: 4, decay: retention, feature_map: identity, normalize: false}",
+    ),
     "linformer": small(
         "{kind: linformer, num_attention_heads: 4, projected_length: 8, share: kv}",
         "{kind: linformer, num_attention_heads: 2, projected_length: 16, share: none}",
@@ -50,6 +58,7 @@ FORMS: dict[str, ModelSpec] = {
         "{kind: mamba2, state_size: 16, head_dim: 8}",
         "{kind: mamba, state_size: 8}",
         "{kind: linear_attention, num_attention_heads: 4}",
+        "{kind: linear_attention, num_attention_heads: 4, feature_map: favor, decay: scalar}",
         dtype="bfloat16",
     ),
     "wide_heads": small(

@@ -7,19 +7,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+from attncompiler.mechanisms.linear_attention.mechanism import FeatureMap
 from attncompiler.mechanisms.linear_attention.op import OPERATOR, LinearAttentionOptions
 
-OPTIONS = st.builds(
-    lambda map_and_normalize, causal, eps, scale: LinearAttentionOptions(
-        feature_map=map_and_normalize[0], normalize=map_and_normalize[1], causal=causal, eps=eps, scale=scale
-    ),
-    st.sampled_from(
-        [("elu", True), ("elu", True), ("elu", False), ("relu", True), ("relu", False), ("identity", False)]
-    ),
-    st.booleans(),
-    st.sampled_from([1e-6, 1e-2]),
-    st.sampled_from([1.0, 0.3]),
+FEATURE_MAPS: tuple[tuple[FeatureMap, bool], ...] = (
+    ("elu", True),
+    ("elu", False),
+    ("favor", True),
+    ("favor", False),
+    ("relu", True),
+    ("relu", False),
+    ("identity", False),
 )
+"""feature maps, with and without normaliser"""
+DECAYS = ("none", "none", "heads", "tokens", "resets")
+EPS, SCALES = (1e-6, 1e-2), (1.0, 0.3)
 
 
 @st.composite
@@ -34,7 +36,7 @@ def extras(draw: st.DrawFn) -> Case:
     T = draw(st.integers(1, 150))
     case = _make(draw, T)
     B, _, H, D = case.tensors["q"].shape
-    V = case.tensors["v"].shape[-1]
+    R, V = len(case.tensors["projection"]) if "projection" in case.tensors else D, case.tensors["v"].shape[-1]
     added: dict[str, Tensor] = {}
     index = torch.arange(T)
     if draw(st.booleans()):
@@ -48,8 +50,8 @@ def extras(draw: st.DrawFn) -> Case:
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
         kind = draw(st.sampled_from(VALUE_KINDS))
         # as a state that the operator gave: z sums features that are not negative, and S averages values by them
-        z = values(draw(st.sampled_from(VALUE_KINDS)), (B, H, D), generator).abs()
-        added["initial_s"] = values(kind, (B, H, D, V), generator) * z[..., None]
+        z = values(draw(st.sampled_from(VALUE_KINDS)), (B, H, R), generator).abs()
+        added["initial_s"] = values(kind, (B, H, R, V), generator) * z[..., None]
         added["initial_z"] = z
         added["initial_m"] = values("normal", (B, H), generator)
     return case.given(**added)
@@ -65,8 +67,31 @@ def _make(draw: st.DrawFn, T: int) -> Case:
         name: values(kind, (B, T, H, width), generator)
         for name, kind, width in zip(("q", "k", "v"), kinds, (D, D, V), strict=True)
     }
-    options = draw(OPTIONS)
-    return Case(OPERATOR, tensors, options, causal=options.causal)
+    feature_map, normalize = draw(st.sampled_from(FEATURE_MAPS))
+    causal = draw(st.booleans())
+    if feature_map == "favor":
+        tensors["projection"] = torch.randn(draw(st.sampled_from([1, 7, 24])), D, generator=generator).double()
+    decay = draw(st.sampled_from(DECAYS)) if causal else "none"
+    if decay != "none":
+        tensors["log_decay"] = log_decay(decay, (B, T, H), generator)
+    options = LinearAttentionOptions(
+        feature_map=feature_map,
+        normalize=normalize,
+        causal=causal,
+        eps=draw(st.sampled_from(EPS)),
+        scale=draw(st.sampled_from(SCALES)),
+    )
+    return Case(OPERATOR, tensors, options, causal=causal)
+
+
+def log_decay(kind: str, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """Decays (B, T, H) in fp64: one of each head, as retention's; one of each token; or some that leave nothing."""
+    if kind == "heads":
+        return -torch.rand(shape[-1], generator=generator).double().expand(shape).contiguous() / 4
+    each = torch.nn.functional.logsigmoid(4 * torch.randn(shape, generator=generator)).double()
+    if kind == "resets":
+        return torch.where(torch.rand(shape, generator=generator) < 0.05, -1e4, each / 16)
+    return each
 
 
 CASES = Cases(
@@ -76,5 +101,6 @@ CASES = Cases(
         {"B": 1, "T": 4096, "H": 8, "D": 64, "causal": True},
         {"B": 4, "T": 512, "H": 8, "D": 32, "causal": True},
         {"B": 4, "T": 512, "H": 8, "D": 32, "causal": False},
+        {"B": 1, "T": 4096, "H": 8, "D": 64, "R": 256, "causal": True},
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -24,7 +25,14 @@ FeatureMap = Literal["elu", "favor", "relu", "identity"]
 
 
 class LinearAttentionPolicy(Policy):
-    """A linear attention mixer; field names are HF's where HF has one."""
+    """A linear attention mixer; field names are HF's where HF has one.
+
+    `num_features`, `orthogonal` and `redraw_interval` are of feature_map favor: how many random features there are, by
+    default ⌊D·ln D⌋, the order of the paper's theorem 4 (Choromanski et al. 2021) and the number of its authors' and of
+    lucidrains' code; whether their projection has orthogonal blocks, true unless said; and after how many forwards in
+    training it is drawn anew, never unless said. `decay: retention` fixes each head's decay (Sun et al. 2023), and
+    `scalar` makes one of every token and head by a projection `gk_proj`, as fla's simple GLA.
+    """
 
     kind: Literal["linear_attention"]
     num_attention_heads: Size
@@ -45,6 +53,13 @@ class LinearAttentionPolicy(Policy):
     def key_width(self, hidden_size: int) -> int:
         """D: the width of a query or key head."""
         return self.head_dim or hidden_size // self.num_attention_heads
+
+    def feature_count(self, hidden_size: int) -> int:
+        """R: the number of features of a query or key."""
+        width = self.key_width(hidden_size)
+        if self.feature_map != "favor":
+            return width
+        return self.num_features or max(1, int(width * math.log(width)))
 
     def value_width(self, hidden_size: int) -> int:
         """V: the width of a value head."""
@@ -92,9 +107,10 @@ def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
 
 
 OFFERED: Mapping[str, OneOf | None] = {
-    "feature_map": OneOf("elu", "relu", "identity"),
+    "feature_map": OneOf("elu", "favor", "relu", "identity"),
     "normalize": ANY,
     "bidirectional": ANY,
+    "decay": ANY,
     "segments": ANY,
     "padding": ANY,
     "initial_state": ANY,

@@ -39,13 +39,14 @@ INPUTS = (
 )
 State = tuple[Tensor, Tensor, Tensor]
 """S (B, H, R, V), z (B, H, R) and m (B, H), in fp32, or fp64 where q is."""
+WIDE = ("projection", "log_decay", "initial_s", "initial_z", "initial_m")
 
 
 class LinearAttentionOptions(OperatorOptions):
-    """What a call of the operator asks, beside its tensors.
+    """What a call of the operator asks, beside its tensors: `projection` (R, D) for favor, `log_decay` (B, T, H).
 
     Beside `out` and the final state the operator gives `normalizer` (B, T, H), which its backward divides by:
-    φ(q)·z + eps, or 1 on padding and without `normalize`.
+    φ(q)·z + eps, or 1 on padding and without `normalize`; for favor, whose features are exponentials, its logarithm.
     """
 
     feature_map: FeatureMap = "elu"
@@ -74,7 +75,6 @@ def _features(inputs: Tensors, options: LinearAttentionOptions) -> Mapping[str, 
         "feature_map": options.feature_map,
         "normalize": options.normalize,
         "bidirectional": not options.causal,
-        "projection": "projection" in inputs,
         "decay": "log_decay" in inputs,
         "segments": "segment_ids" in inputs,
         "padding": "attention_mask" in inputs,
@@ -89,7 +89,7 @@ OPERATOR = define(
         differentiable=("q", "k", "v", "log_decay", "initial_s", "initial_z"),
         outputs=("out", "normalizer", "final_s", "final_z", "final_m"),
         differentiable_outputs=("out", "final_s", "final_z"),
-        sequence=dict.fromkeys(("q", "k", "v", "segment_ids", "attention_mask", "out", "normalizer"), 1),
+        sequence=dict.fromkeys(("q", "k", "v", "log_decay", "segment_ids", "attention_mask", "out", "normalizer"), 1),
         low_precision=("q", "k", "v"),
         options=LinearAttentionOptions,
         fake=_fake,
@@ -122,25 +122,31 @@ def linear_attention(
 
     q, k (B, T, H, D), v (B, T, H, V) of one dtype → out (B, T, H, V), out = scale · φ(q)·S / (φ(q)·z + eps), or
     scale · φ(q)·S without `normalize`; S = Σ φ(k)vᵀ and z = Σ φ(k) run over the tokens so far when `causal`, else over
-    all of them. φ is elu(x) + 1, max(x, 0) for "relu", or x for "identity" (only without `normalize`).
+    all of them. φ is elu(x) + 1, max(x, 0) for "relu", x for "identity" (only without `normalize`), and for "favor"
+    (Choromanski et al. 2021, https://arxiv.org/abs/2009.14794) exp(w·x̂ − |x̂|²/2) / √R for each of the R rows w of
+    `projection` (R, D), x̂ being x · D^-¼. Features that fp32 cannot hold are no matter: they are kept as multiples of
+    the largest so far, and eps is scaled with them.
+
+    `log_decay` (B, T, H), or (H,) for every token, is the logarithm of what a token leaves of S and z before it adds
+    its own: S[t] = exp(log_decay[t])·S[t−1] + φ(k[t])v[t]ᵀ. It should not be above 0, where the sums would grow and may
+    overflow; nothing is too far below. It needs `causal`.
 
     `initial_state` is (S (B, H, R, V), z (B, H, R), m (B, H)) and stands for S·exp(m) and z·exp(m); it is
-    differentiable but for m. `return_state` gives the state after the last token, likewise, its m 0 for these feature
-    maps. All in fp32, fp64 for fp64. Not causal, a token sees the initial state and its whole segment.
+    differentiable but for m. `return_state` gives the state after the last token, likewise. Its m is a constant: 0, or
+    for favor the logarithm of the largest feature of a key (decayed, and −∞ before the first). All in fp32, fp64 for
+    fp64. Not causal, a token sees the initial state and its whole segment.
 
     `segment_ids` (B, T), equal ids being one contiguous run, keep packed documents apart: the initial state belongs
     to the first, the final state is the last one's. `attention_mask` (B, T) is non-zero for real tokens; padding gives
     0 and leaves the state as it is. `kernel` is "auto", a name, or the list of the only kernels allowed.
-
-    `feature_map="favor"`, `projection` and `log_decay` are understood and refused by every kernel of this version.
 
     Raises InputError (E401 shapes, E402 dtypes, E403 arguments, E404 devices) and KernelError (E501) when no allowed
     kernel offers what is asked.
     """
     options = LinearAttentionOptions(
         kernel=kernel_names("linear_attention", kernel),
-        feature_map=_feature_map(feature_map, normalize),
-        causal=bool(causal),
+        feature_map=_feature_map(feature_map, normalize, projection),
+        causal=_causal(causal, log_decay),
         normalize=bool(normalize),
         eps=number("eps", eps, above=0),
         scale=number("scale", scale),
@@ -152,7 +158,7 @@ def linear_attention(
     return results["out"], (results["final_s"], results["final_z"], results["final_m"])
 
 
-def _feature_map(name: FeatureMap, normalize: bool) -> FeatureMap:
+def _feature_map(name: FeatureMap, normalize: bool, projection: Tensor | None) -> FeatureMap:
     if name not in ("elu", "favor", "relu", "identity"):
         raise fail(InputError, "E403", f"unknown feature_map {name!r}; known: elu, favor, relu, identity")
     if name == "identity" and normalize:
@@ -162,7 +168,17 @@ def _feature_map(name: FeatureMap, normalize: bool) -> FeatureMap:
             "normalize needs features that are not negative, and those of feature_map 'identity' have any sign",
             remedy="pass normalize=False",
         )
+    if (name == "favor") != (projection is not None):
+        raise fail(
+            InputError, "E403", f"feature_map 'favor' takes a projection (R, D), and no other does; not {name!r}"
+        )
     return name
+
+
+def _causal(causal: bool, log_decay: Tensor | None) -> bool:
+    if not causal and log_decay is not None:
+        raise fail(InputError, "E403", "a decay runs along time, and needs causal=True", remedy="leave log_decay out")
+    return bool(causal)
 
 
 def check(
@@ -175,7 +191,10 @@ def check(
     projection: Tensor | None = None,
     log_decay: Tensor | None = None,
 ) -> dict[str, Tensor | None]:
-    """The operator's inputs by name, after one check of shapes, dtypes and devices at the door."""
+    """The operator's inputs by name, after one check of shapes, dtypes and devices at the door.
+
+    A log_decay (H,) of all tokens becomes (B, T, H), which takes no memory.
+    """
     q, k, v = autocast(q, k, v)
     if initial_state is not None and not (
         isinstance(initial_state, (tuple, list))
@@ -213,6 +232,11 @@ def check(
         },
     )
     check_device(tensors)
-    tensors = check_dtypes(tensors, OPERATOR.low_precision, ("initial_s", "initial_z", "initial_m"))
-    mask = tensors["attention_mask"]
-    return tensors if mask is None else {**tensors, **silenced({"q": q, "k": k, "v": v}, mask)}
+    tensors = check_dtypes(tensors, OPERATOR.low_precision, WIDE)
+    decay, mask = tensors["log_decay"], tensors["attention_mask"]
+    if decay is not None:
+        tensors["log_decay"] = decay = decay.expand(q.shape[:3])
+    if mask is None:
+        return tensors
+    silent = silenced({"q": q, "k": k, "v": v} if decay is None else {"q": q, "k": k, "v": v, "log_decay": decay}, mask)
+    return {**tensors, **silent}

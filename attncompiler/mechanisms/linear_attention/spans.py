@@ -5,22 +5,36 @@ Shapes: n chunks of C tokens in a span of L; features and values of a span are (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from attncompiler.blocks.segments import run_numbers
+from attncompiler.blocks.underflow import LOG2_E, exp2_
+from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
+from attncompiler.runtime.implementation import Tensors
+
+NEVER = -1e30
+"""The least logarithm of a decay that is told apart from −∞: times 0 it is 0, and so are its sums' exponentials."""
+
 
 @dataclass(frozen=True)
 class Tokens:
-    """q, k (B, T, H, D), v (B, T, H, V); `real` (B, T), None where all are; `runs` (B, T), None where there is one."""
+    """q, k (B, T, H, D), v (B, T, H, V), log_decay (B, T, H), None where nothing decays.
+
+    `real` (B, T) is None where all tokens are; `runs` (B, T) where there is one; `projection` (R, D) is of favor.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    log_decay: Tensor | None
     real: Tensor | None
     runs: Tensor | None
+    projection: Tensor | None
     feature_map: str
     chunk_size: int
     span_size: int
@@ -28,15 +42,41 @@ class Tokens:
     strict: bool = False
     """a token does not see itself"""
 
+    @classmethod
+    def of(cls, inputs: Tensors, options: LinearAttentionOptions, chunk_size: int, span_size: int) -> Tokens:
+        """The tokens of a call."""
+        real = inputs.get("attention_mask")
+        return cls(
+            q=inputs["q"],
+            k=inputs["k"],
+            v=inputs["v"],
+            log_decay=inputs.get("log_decay"),
+            real=real,
+            runs=run_numbers(inputs.get("segment_ids"), real),
+            projection=inputs.get("projection"),
+            feature_map=options.feature_map,
+            chunk_size=chunk_size,
+            span_size=span_size,
+        )
+
     @property
     def wide(self) -> torch.dtype:
         return torch.promote_types(self.q.dtype, torch.float32)
 
+    @property
+    def favor(self) -> bool:
+        return self.feature_map == "favor"
+
+    @property
+    def R(self) -> int:
+        """The number of features."""
+        return self.q.shape[-1] if self.projection is None else len(self.projection)
+
     def reversed(self) -> Tokens:
-        """The tokens from last to first, none seeing itself: what each had after it."""
+        """The tokens from last to first, none seeing itself: what each had after it. Nothing may decay."""
         q, k, v = (x.flip(1) for x in (self.q, self.k, self.v))
         real, runs = (x if x is None else x.flip(1) for x in (self.real, self.runs))
-        return Tokens(q, k, v, real, runs, self.feature_map, self.chunk_size, self.span_size, strict=True)
+        return replace(self, q=q, k=k, v=v, real=real, runs=runs, strict=True)
 
     def starts(self) -> range:
         """The first token of every span."""
@@ -58,23 +98,11 @@ class Size(NamedTuple):
     C: int
 
 
-@dataclass(frozen=True)
-class Span:
-    """Features and values of a span, chunked, and the masks that follow from its runs.
+class Features(NamedTuple):
+    """φ(x)·2⁻ᵐ (B, H, n, C, R), and m (B, H, n, C) for favor, whose largest feature it is the logarithm of."""
 
-    q, k (B, H, n, C, D), k being 0 on padding; v (B, H, n, C, V + 1); `seen` (C, C) or (B, 1, n, C, C): the pairs of a
-    chunk that meet; `enters` and `leaves` (B, 1, n, C, 1): whether a token is of the run that a chunk is entered or
-    left by, None where all are; `reach` ([B, 1,] n + 1, n + 1): whether the state added at boundary j is part of the
-    state at boundary i.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    seen: Tensor
-    enters: Tensor | None
-    leaves: Tensor | None
-    reach: Tensor
+    values: Tensor
+    m: Tensor | None
 
 
 def chunked(x: Tensor, size: Size, wide: torch.dtype, ones: bool = False) -> Tensor:
@@ -93,34 +121,36 @@ def joined(x: Tensor, size: Size) -> Tensor:
     return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : size.L]
 
 
-def queries(tokens: Tokens, size: Size) -> Tensor:
+def queries(tokens: Tokens, size: Size) -> Features:
     """φ(q) of a span."""
-    return features(chunked(tokens.q[:, size.rows], size, tokens.wide), tokens.feature_map)
+    return features(chunked(tokens.q[:, size.rows], size, tokens.wide), tokens)
 
 
-def keys_values(tokens: Tokens, size: Size) -> tuple[Tensor, Tensor]:
-    """φ(k) of a span, 0 on padding and behind its last token, and v with a column of ones."""
-    k = features(chunked(tokens.k[:, size.rows], size, tokens.wide), tokens.feature_map)
+def keys_values(tokens: Tokens, size: Size) -> tuple[Features, Tensor]:
+    """φ(k) of a span and v with a column of ones. Padding and what is behind the last token have φ = 0, or m = −∞."""
+    k, m = features(chunked(tokens.k[:, size.rows], size, tokens.wide), tokens)
+    rest = size.n * size.C - size.L
     if tokens.real is not None:
-        k *= chunked(tokens.real[:, size.rows, None, None], size, tokens.wide)
-    elif rest := size.n * size.C - size.L:
+        mask = chunked(tokens.real[:, size.rows, None, None], size, torch.bool)
+        if m is None:
+            k *= mask
+        else:
+            m.masked_fill_(~mask[..., 0], -math.inf)
+    elif rest and m is None:
         k[:, :, -1, -rest:] = 0
-    return k, chunked(tokens.v[:, size.rows], size, tokens.wide, ones=True)
+    elif rest and m is not None:
+        m[:, :, -1, -rest:] = -math.inf
+    return Features(k, m), chunked(tokens.v[:, size.rows], size, tokens.wide, ones=True)
 
 
-def load(tokens: Tokens, size: Size) -> Span:
-    """The span, with its masks."""
-    q, (k, v) = queries(tokens, size), keys_values(tokens, size)
-    seen = torch.ones(size.C, size.C, dtype=torch.bool, device=q.device).tril(-1 if tokens.strict else 0)
-    reach = torch.ones(size.n + 1, size.n + 1, dtype=torch.bool, device=q.device).tril()
-    enters = leaves = None
-    if tokens.runs is not None:
-        runs, bounds = runs_and_bounds(tokens.runs, size)
-        seen = seen & (runs[..., :, None] == runs[..., None, :])[:, None]
-        reach = reach & (bounds[:, :, None] == bounds[:, None, :])[:, None]
-        enters = (runs == bounds[:, :-1, None])[:, None, ..., None]
-        leaves = (runs == bounds[:, 1:, None])[:, None, ..., None]
-    return Span(q, k, v, seen, enters, leaves, reach.to(tokens.wide))
+def decays(tokens: Tokens, size: Size) -> Tensor | None:
+    """The base-2 logarithm of each token's decay (B, H, n, C), 0 on padding; None where nothing decays."""
+    if tokens.log_decay is None:
+        return None
+    found = tokens.log_decay[:, size.rows].clamp(min=NEVER) * LOG2_E
+    if tokens.real is not None:
+        found.masked_fill_(~tokens.real[:, size.rows, None], 0)
+    return chunked(found[..., None], size, tokens.wide)[..., 0]
 
 
 def runs_and_bounds(runs: Tensor, size: Size) -> tuple[Tensor, Tensor]:
@@ -132,20 +162,38 @@ def runs_and_bounds(runs: Tensor, size: Size) -> tuple[Tensor, Tensor]:
     return inside, torch.cat([before, inside[..., -1]], 1)
 
 
-def features(x: Tensor, feature_map: str) -> Tensor:
+def features(x: Tensor, tokens: Tokens) -> Features:
     """φ(x) of a tensor that may be overwritten. φ of the Linear Transformer is exp(min(x, 0)) + max(x, 0)."""
-    if feature_map == "elu":
-        return x.clamp(max=0).exp_().add_(x.clamp_(min=0))
-    return x.relu_() if feature_map == "relu" else x
+    if tokens.projection is not None:
+        R, D = tokens.projection.shape
+        logarithm = x @ (tokens.projection.mT * (LOG2_E * D**-0.25))
+        largest = logarithm.amax(-1, keepdim=True)
+        half = torch.linalg.vecdot(x, x).mul_(LOG2_E * D**-0.5 / 2).add_(math.log2(R) / 2)
+        return Features(exp2_(logarithm.sub_(largest)), largest[..., 0] - half)
+    if tokens.feature_map == "elu":
+        return Features(x.clamp(max=0).exp_().add_(x.clamp_(min=0)), None)
+    return Features(x.relu_() if tokens.feature_map == "relu" else x, None)
 
 
-def through_features(grad: Tensor, features: Tensor, feature_map: str) -> Tensor:
-    """The gradient behind φ, from φ's value: its slope is min(φ, 1) for elu, and 0 or 1 for relu."""
-    if feature_map == "elu":
+def through_features(grad: Tensor, features: Tensor, x: Tensor, size: Size, tokens: Tokens) -> Tensor:
+    """The gradient behind φ, from φ's value; x (B, L, H, D) is what φ was taken of, which only favor asks.
+
+    The slope is min(φ, 1) for elu, and 0 or 1 for relu; that of φ = exp(a), a = w·x·D^-¼ − |x|²·D^-½/2, is φ.
+    """
+    if tokens.projection is not None:
+        D, grad = x.shape[-1], grad * features
+        found = grad @ (tokens.projection * D**-0.25)
+        return found.sub_(chunked(x, size, tokens.wide).mul_(grad.sum(-1, keepdim=True).mul_(D**-0.5)))
+    if tokens.feature_map == "elu":
         return grad * features.clamp(max=1)
-    return grad * (features > 0) if feature_map == "relu" else grad
+    return grad * (features > 0) if tokens.feature_map == "relu" else grad
 
 
-def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x, 0 where the mask, if there is one, is False."""
-    return x if mask is None else x * mask
+def masked(x: Tensor, weight: Tensor | None) -> Tensor:
+    """x times a mask or a weight, if there is one."""
+    return x if weight is None else x * weight
+
+
+def finite(m: Tensor) -> Tensor:
+    """m, and the least number where it is −∞, which −∞ − m would make NaN of."""
+    return m.clamp(min=torch.finfo(m.dtype).min)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,9 @@ def init_state(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Sums of nothing: s (B, H, D, V), z (B, H, D) and m (B, H), in fp32, or fp64 for fp64.
+    """Sums of nothing: s (B, H, R, V), z (B, H, R) and m (B, H), in fp32, or fp64 for fp64.
+
+    Favor's m is the logarithm of the largest feature so far: −∞ before the first.
 
     Raises InputError (E503) for a policy that is not causal: its first output depends on the last token.
     """
@@ -30,10 +34,11 @@ def init_state(
             remedy="run the model on whole sequences",
         )
     wide = torch.promote_types(dtype, torch.float32)
-    H, D = policy.num_attention_heads, policy.key_width(context.hidden_size)
+    H, R = policy.num_attention_heads, policy.feature_count(context.hidden_size)
     V = policy.value_width(context.hidden_size)
+    nothing = -math.inf if policy.feature_map == "favor" else 0.0
     return {
-        "s": torch.zeros(batch, H, D, V, device=device, dtype=wide),
-        "z": torch.zeros(batch, H, D, device=device, dtype=wide),
-        "m": torch.zeros(batch, H, device=device, dtype=wide),
+        "s": torch.zeros(batch, H, R, V, device=device, dtype=wide),
+        "z": torch.zeros(batch, H, R, device=device, dtype=wide),
+        "m": torch.full((batch, H), nothing, device=device, dtype=wide),
     }
