@@ -34,3 +34,9 @@ def exp2_(exponents: Tensor) -> Tensor:
 def flush_(weights: Tensor) -> Tensor:
     """Replace weights of at most 2⁻¹⁰⁰ (fp32) or 2⁻⁹⁹⁶ (fp64) by 0, in place."""
     return torch.threshold_(weights, 2.0 ** _least(weights.dtype), 0.0)
+
+
+def flush_signed_(values: Tensor) -> Tensor:
+    """As `flush_`, of values of either sign: those of so small a magnitude become 0, in place."""
+    torch.ops.aten.hardshrink.out(values, 2.0 ** _least(values.dtype), out=values)
+    return values

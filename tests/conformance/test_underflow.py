@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attncompiler.blocks.underflow import LOG2_E, exp2_, flush_
+from attncompiler.blocks.underflow import LOG2_E, exp2_, flush_, flush_signed_
 from attncompiler.mechanisms.attention.kernels import chunkwise as attention
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import SlidingWindow
@@ -44,6 +44,11 @@ def test_weights_are_kept_or_zero(dtype: torch.dtype) -> None:
     assert torch.equal(
         flush_(weights.clone()).nan_to_num(nan=7),
         torch.where(weights > least, weights, 0).nan_to_num() + 7 * weights.isnan(),
+    )
+    signed = torch.cat([weights, -weights])
+    assert torch.equal(
+        flush_signed_(signed.clone()).nan_to_num(nan=7),
+        torch.where(signed.abs() > least, signed, 0).nan_to_num() + 7 * signed.isnan(),
     )
 
 

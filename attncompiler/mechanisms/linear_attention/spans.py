@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attncompiler.blocks.segments import run_numbers
-from attncompiler.blocks.underflow import LOG2_E, exp2_
+from attncompiler.blocks.underflow import LOG2_E, exp2_, flush_signed_
 from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
 from attncompiler.runtime.implementation import Tensors
 
@@ -181,7 +181,7 @@ def through_features(grad: Tensor, features: Tensor, x: Tensor, size: Size, toke
     The slope is min(φ, 1) for elu, and 0 or 1 for relu; that of φ = exp(a), a = w·x·D^-¼ − |x|²·D^-½/2, is φ.
     """
     if tokens.projection is not None:
-        D, grad = x.shape[-1], grad * features
+        D, grad = x.shape[-1], flush_signed_(grad * features)
         found = grad @ (tokens.projection * D**-0.25)
         return found.sub_(chunked(x, size, tokens.wide).mul_(grad.sum(-1, keepdim=True).mul_(D**-0.5)))
     if tokens.feature_map == "elu":
@@ -197,3 +197,12 @@ def masked(x: Tensor, weight: Tensor | None) -> Tensor:
 def finite(m: Tensor) -> Tensor:
     """m, and the least number where it is −∞, which −∞ − m would make NaN of."""
     return m.clamp(min=torch.finfo(m.dtype).min)
+
+
+def settled(x: Tensor, m: Tensor | None) -> Tensor:
+    """x, without what is too small to count where features are favor's (`m` is there): in place, before a product.
+
+    Other features are far from the smallest number, and so is what a decay leaves of them; a product of two of favor's,
+    and of a weight, is not.
+    """
+    return x if m is None else flush_signed_(x)

@@ -26,6 +26,7 @@ from attncompiler.mechanisms.linear_attention.spans import (
     keys_values,
     masked,
     queries,
+    settled,
 )
 from attncompiler.mechanisms.linear_attention.weights import Across, Inside, Weights
 
@@ -67,8 +68,10 @@ def _causal(tokens: Tokens, state: State) -> Iterator[tuple[slice, Sums, State]]
         size = tokens.size(start)
         span = load(tokens, size, state.m)
         states = states_of(span, state.sums)
-        sums = (span.q.values @ span.k.values.mT).mul_(span.inside.seen) @ span.v
-        sums += masked(span.q.values @ states[:, :, :-1], span.inside.enters)
+        pairs = settled((span.q.values @ span.k.values.mT).mul_(span.inside.seen), span.m)
+        sums = pairs @ span.v
+        sums += masked(settled(span.q.values @ states[:, :, :-1], span.m), span.inside.enters)
+        settled(sums, span.m)
         state = State(states[:, :, -1], None if span.across.m is None else span.across.m[..., -1])
         yield size.rows, _rows(sums, span.m, size), state
 
@@ -96,8 +99,13 @@ def load(tokens: Tokens, size: Size, carried: Tensor | None) -> Span:
 
 def states_of(span: Span, carry: Tensor) -> Tensor:
     """The states (B, H, n + 1, R, V + 1) at the boundaries of the chunks, from the one before the span."""
-    added = masked(span.k.values, span.across.leaves).mT @ span.v
-    return passed_on(span.across.reach, torch.cat([carry[:, :, None], added], 2))
+    added = leaving(span).mT @ span.v
+    return settled(passed_on(span.across.reach, torch.cat([carry[:, :, None], added], 2)), span.m)
+
+
+def leaving(span: Span) -> Tensor:
+    """φ(k) as it counts at the end of its chunk."""
+    return settled(masked(span.k.values, span.across.leaves), span.m)
 
 
 def passed_on(reach: Tensor, states: Tensor) -> Tensor:
@@ -112,7 +120,8 @@ def total(tokens: Tokens, state: State) -> State:
         sums = state.sums
         if m is not None and state.m is not None:
             largest = torch.maximum(state.m, m.amax((-1, -2)))
-            k, sums = k * whole(m, largest), sums * exp2_(state.m - finite(largest))[..., None, None]
+            k = settled(k * whole(m, largest), m)
+            sums = settled(sums * exp2_(state.m - finite(largest))[..., None, None], m)
             state = State(sums, largest)
         state = State(sums + k.flatten(2, 3).mT @ v.flatten(2, 3), state.m)
     return state

@@ -24,11 +24,13 @@ from attncompiler.mechanisms.linear_attention.spans import (
     keys_values,
     masked,
     queries,
+    settled,
     through_features,
 )
 from attncompiler.mechanisms.linear_attention.sums import (
     Span,
     State,
+    leaving,
     load,
     passed_on,
     scaled,
@@ -79,7 +81,7 @@ class Above:
         if m is None:
             found /= normalizer
         else:
-            found = scaled(found, joined(m[..., None], size) - normalizer * LOG2_E)
+            found = settled(scaled(found, joined(m[..., None], size) - normalizer * LOG2_E), m)
         if self.real is not None:
             found.masked_fill_(~self.real[:, size.rows, None, None], 0)
         return chunked(found, size, wide)
@@ -112,16 +114,18 @@ def _causal(tokens: Tokens, state: State, above: Above, state_grad: Tensor) -> G
         (q, _), (k, _), v, across, inside = span.q, span.k, span.v, span.across, span.inside
         grad = above.chunked(size, tokens.wide, span.m)
         states = states_of(span, carry.sums)[:, :, :-1]
-        reached = torch.cat([masked(q, inside.enters).mT @ grad, state_grad[:, :, None]], 2)
-        added = passed_on(across.reach.mT, reached)
+        entering = q if inside.enters is None else settled(q * inside.enters, span.m)
+        reached = torch.cat([settled(entering.mT @ grad, span.m), state_grad[:, :, None]], 2)
+        added = settled(passed_on(across.reach.mT, reached), span.m)
         behind, state_grad = added[:, :, 1:], added[:, :, 0]
 
-        products, products_grad = q @ k.mT, (grad @ v.mT).mul_(inside.seen)
-        from_state, to_state = masked(grad @ states.mT, inside.enters), masked(v @ behind.mT, across.leaves)
+        products, products_grad = (settled(x, span.m) for x in (q @ k.mT, (grad @ v.mT).mul_(inside.seen)))
+        from_state = settled(masked(settled(grad @ states.mT, span.m), inside.enters), span.m)
+        to_state = settled(masked(settled(v @ behind.mT, span.m), across.leaves), span.m)
         if into.log_decay is not None:
             decay_grad = _decay_gradient(span, products * products_grad, from_state, to_state, states, reached)
             into.log_decay[:, size.rows] = joined(decay_grad[..., None], size)[..., 0]
-        dv = (products.mul_(inside.seen).mT @ grad).add_(masked(k, across.leaves) @ behind)
+        dv = (settled(products.mul_(inside.seen), span.m).mT @ grad).add_(leaving(span) @ behind)
         dq, dk = from_state.add_(products_grad @ k), to_state.add_(products_grad.mT @ q)
         _write(tokens, size, span.q, span.k, (dq, dk, dv), into)
     if into.log_decay is not None and tokens.real is not None:
@@ -161,7 +165,7 @@ def _carries(tokens: Tokens, state: State) -> list[State]:
         if not weights.plain or tokens.runs is not None:
             across = weights.across()
             to_end = across.reach[..., -1, :, None, None]
-            k = masked(k, across.leaves) * to_end[..., 1:, :, :]
+            k = settled(masked(k, across.leaves) * to_end[..., 1:, :, :], m)
             state = State(state.sums * to_end[..., 0, :, :], None if across.m is None else across.m[..., -1])
         state = State(state.sums + k.flatten(2, 3).mT @ v.flatten(2, 3), state.m)
         carries.append(state)
