@@ -226,6 +226,12 @@ FEATURES: Mapping[str, Turn] = {
 }
 
 
+def positive_features(projection: Tensor) -> Turn:
+    """exp(w·x̂ − |x̂|²/2) / √R."""
+    R, D = projection.shape
+    return lambda x: torch.exp(x @ projection.mT / D**0.25 - x.square().sum(-1, keepdim=True) / D**0.5 / 2) / R**0.5
+
+
 def kernel_attention(
     mixer: nn.Module,
     x: Tensor,
@@ -236,10 +242,15 @@ def kernel_attention(
     eps: float = 1e-6,
     scale: float = 1.0,
     turn: Turn = unchanged,
+    decay: Tensor | float = 1.0,
 ) -> Tensor:
-    """scale · Σ φ(q)·φ(k) v / (Σ φ(q)·φ(k) + eps), or without the division."""
+    """scale · Σ φ(q)·φ(k) v / (Σ φ(q)·φ(k) + eps), or without the division; decay (heads, 1, 1) or (B, heads, T, 1)."""
     q, k, v = (heads(module, x, 4) for module in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-    weights = (FEATURES[feature_map](turn(q)) @ FEATURES[feature_map](turn(k)).mT) * seen
+    features = FEATURES[feature_map] if feature_map != "favor" else positive_features(mixer.random_features.projection)
+    weights = (features(turn(q)) @ features(turn(k)).mT) * seen
+    if isinstance(decay, Tensor):
+        since = decay.log().expand(2, 4, x.shape[1], 1).cumsum(2)
+        weights = weights * torch.exp(torch.where(seen, since - since.mT, 0))
     total = weights.sum(-1, keepdim=True) + eps if normalize else 1
     return merged(mixer.o_proj, scale * (weights @ v) / total)
 
@@ -262,6 +273,50 @@ def test_linear_attention_is_its_formula(options: str, given: dict[str, Any], ca
     mixer, x, out = run(f"{ALL_KINDS['linear_attention']}{said}, {options}")
     seen = torch.ones_like(CAUSAL) if causal is False else CAUSAL
     torch.testing.assert_close(out, kernel_attention(mixer, x, seen, **given))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ("", (int(8 * math.log(8)), 8)),
+        ("num_features: 5", (5, 8)),
+        ("orthogonal: true, eps: 0.1", (16, 8)),
+        ("orthogonal: false, num_features: 40", (40, 8)),
+        ("head_dim: 6, v_head_dim: 10", (10, 6)),
+        ("redraw_interval: 1", (16, 8)),
+    ],
+)
+def test_a_performer_is_its_formula(options: str, shape: tuple[int, int], causal: bool) -> None:
+    said = f"feature_map: favor, causal: {str(causal).lower()}"
+    mixer, x, out = run(f"{ALL_KINDS['linear_attention']}, {said}, {options}")
+    projection = mixer.random_features.projection
+    assert tuple(projection.shape) == shape
+    rows = projection[: shape[1]]
+    apart = (rows @ rows.T - (rows @ rows.T).diagonal().diag()).abs().max() < 1e-5
+    assert bool(apart) == ("orthogonal: false" not in options)
+    seen = CAUSAL if causal else torch.ones_like(CAUSAL)
+    eps = 0.1 if "eps" in options else 1e-6
+    torch.testing.assert_close(out, kernel_attention(mixer, x, seen, feature_map="favor", eps=eps))
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ("", {}),
+        ("feature_map: identity, normalize: false, scale: 0.5", {"feature_map": "identity", "normalize": False}),
+        ("feature_map: favor, num_features: 12", {"feature_map": "favor"}),
+    ],
+)
+def test_decays_are_those_of_the_formula(options: str, given: dict[str, Any]) -> None:
+    given = {**given, "scale": 0.5} if "scale" in options else given
+    mixer, x, out = run(f"{ALL_KINDS['linear_attention']}, decay: retention, {options}")
+    gamma = 1 - 2.0 ** (-5 - torch.arange(4, dtype=torch.float64))
+    torch.testing.assert_close(out, kernel_attention(mixer, x, CAUSAL, decay=gamma[:, None, None], **given))
+    assert not [name for name, _ in mixer.named_parameters() if name.startswith("g")]
+    mixer, x, out = run(f"{ALL_KINDS['linear_attention']}, decay: scalar, {options}")
+    gates = linear(mixer.gk_proj, x).sigmoid() ** (1 / 16)
+    torch.testing.assert_close(out, kernel_attention(mixer, x, CAUSAL, decay=gates.mT[..., None], **given))
 
 
 @pytest.mark.parametrize(
