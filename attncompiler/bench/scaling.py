@@ -60,7 +60,7 @@ def work(mixer: Mixer, length: int, forward_only: bool) -> Work:
     generator = torch.Generator().manual_seed(0)
     inputs = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES[mixer](length).items()}
     for name, tensor in inputs.items():
-        if name.endswith("_projection"):
+        if name in ("key_projection", "value_projection"):
             tensor.mul_(len(tensor) ** -0.5)  # as a layer's start
     if not forward_only:
         inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
@@ -85,6 +85,12 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.linear_attention(q, k, v)  # type: ignore[return-value]
 
 
+def performer(q: Tensor, k: Tensor, v: Tensor, random_projection: Tensor) -> Tensor:
+    """favor, 128 random features, normalised, causal, H8 D64."""
+    projection = random_projection.detach()
+    return ops.linear_attention(q, k, v, feature_map="favor", projection=projection)  # type: ignore[return-value]
+
+
 def linformer(q: Tensor, k: Tensor, v: Tensor, key_projection: Tensor, value_projection: Tensor) -> Tensor:
     """256 projected positions, H8 D64."""
     return ops.linformer(q, k, v, key_projection, value_projection)
@@ -103,6 +109,7 @@ def mamba2(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z:
 MIXERS: dict[str, Mixer] = {
     "sliding_window": sliding_window,
     "linear_attention": linear_attention,
+    "performer": performer,
     "linformer": linformer,
     "mamba": mamba,
     "mamba2": mamba2,
@@ -118,6 +125,7 @@ def _heads(T: int) -> dict[str, tuple[int, ...]]:
 SHAPES: dict[Mixer, _Shapes] = {
     sliding_window: _heads,
     linear_attention: _heads,
+    performer: lambda T: {**_heads(T), "random_projection": (128, 64)},
     linformer: lambda T: {**_heads(T), "key_projection": (256, T), "value_projection": (256, T)},
     mamba: lambda T: {
         **dict.fromkeys(("u", "dt", "z"), (1, T, 512)),

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from attncompiler.bench import measure, report, scaling, sparse, startup, train_step
+from attncompiler.bench import linear, measure, report, scaling, sparse, startup, train_step
 from attncompiler.errors import UsageError
 
 times = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=9)
@@ -99,6 +99,28 @@ def test_the_causal_peer_is_causal_attention(monkeypatch: pytest.MonkeyPatch) ->
     sparse.ours(100, json.dumps({"kind": "causal"}), True)()
     sparse.causal(100, json.dumps({"kind": "sliding_window", "window": 4}), True)()
     torch.testing.assert_close(seen[0], seen[1].transpose(1, 2))
+
+
+def test_linear_at_a_tiny_size() -> None:
+    shown = invoke(linear.main, "--seq-len", "32", "--features", "8", "--repeats", "2")
+    assert [row["case"] for row in shown["rows"]] == ["elu, T 32, R 64", "favor, T 32, R 8"]
+    assert all(row["times faster"] == row["peer, ms"]["median"] / row["ours, ms"]["median"] for row in shown["rows"])
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "favor"])
+def test_both_sides_of_linear_compute_the_same_function(monkeypatch: pytest.MonkeyPatch, feature_map: str) -> None:
+    """In fp64, where rounding leaves no doubt."""
+    seen: list[list[torch.Tensor]] = []
+    made = linear._inputs
+
+    def inputs(*sizes: int) -> tuple[torch.Tensor, ...]:
+        return tuple(x.detach().double().requires_grad_(x.requires_grad) for x in made(*sizes))
+
+    monkeypatch.setattr(linear, "_inputs", inputs)
+    monkeypatch.setattr(linear, "_clear", lambda *leaves: seen.append([leaf.grad for leaf in leaves]))
+    linear.ours(feature_map, 100, 16)()
+    linear.peer(feature_map, 100, 16)()
+    torch.testing.assert_close(seen[0], seen[1])
 
 
 @pytest.mark.parametrize("mixer", sorted(scaling.MIXERS))
