@@ -406,6 +406,48 @@ def test_padding_does_not_decay(name: str) -> None:
     assert not torch.autograd.grad(out.sum(), noisy)[0][:, ~real].any()
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("feature_map", ["elu", "favor"])
+def test_both_states_and_the_decays_are_differentiable(name: str, feature_map: Any) -> None:
+    """By finite differences, m being part of what a state stands for; packed, the second segment loses the state."""
+    q, k, v = tensors(0, 5, B=1)
+    generator = torch.Generator().manual_seed(1)
+    w = projected(0, 4) if feature_map == "favor" else None
+    R = 5 if w is None else 4
+    s, z, g = (torch.rand(size, generator=generator).double() for size in ((1, 2, R, 3), (1, 2, R), (1, 5, 2)))
+    m = torch.tensor([[0.3, -2.0]], dtype=torch.float64)
+
+    for ids in (None, torch.tensor([[0, 0, 1, 1, 1]])):
+
+        def run(*leaves: Tensor, ids: Tensor | None = ids) -> tuple[Tensor, ...]:
+            q, k, v, s, z, g = leaves
+            options: Any = {"feature_map": feature_map, "projection": w, "log_decay": -g, "kernel": name}
+            out, (s, z, last) = linear_attention(
+                q, k, v, initial_state=(s, z, m), return_state=True, segment_ids=ids, **options
+            )
+            return out, s * last.exp()[..., None, None], z * last.exp()[..., None]
+
+        assert torch.autograd.gradcheck(run, tuple(x.requires_grad_() for x in (q, k, v, s, z, g)))
+
+
+def test_favor_and_decays_compile_as_one_graph_and_keep_fp32_under_autocast() -> None:
+    q, k, v = (x.float().requires_grad_() for x in tensors(0, 70))
+    w, g = projected(0, 6).float(), torch.tensor([-0.1, -0.2], requires_grad=True)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return linear_attention(q, k, v, feature_map="favor", projection=w, log_decay=g)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    outs = run(q, k, v, g), compiled(q, k, v, g)
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), (q, k, v, g)) for out in outs))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = run(q, k, v, g)
+    assert low.dtype == torch.bfloat16
+    expected = linear_attention(*(x.bfloat16() for x in (q, k, v)), feature_map="favor", projection=w, log_decay=g)
+    assert torch.equal(low, expected)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------
 
 

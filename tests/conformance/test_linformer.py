@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -27,6 +28,29 @@ def tensors(seed: int, T: int, P: int, R: int = 4, per_head: bool = False) -> li
     generator = torch.Generator().manual_seed(seed)
     shapes = [(2, T, 3, 8)] * 3 + [(3, R, P) if per_head else (R, P)] * 2
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def written_down(q: np.ndarray, k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """softmax(q (E k)ᵀ / √D) (F v), equation 7 of the paper for one head."""
+    scores = q @ (keys @ k).T / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ (values @ v)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@given(seed=SEEDS, T=st.integers(1, 40), per_head=st.booleans(), shared=st.booleans())
+def test_each_sharing_of_projections_is_the_papers_formula(
+    name: str, seed: int, T: int, per_head: bool, shared: bool
+) -> None:
+    """A projection for each head, or one for all; and of keys and values the same, or not."""
+    q, k, v, keys, values = tensors(seed, T, T, per_head=per_head)
+    values = keys if shared else values
+    out = linformer(q, k, v, keys, values, kernel=name)
+    for b in range(2):
+        for h in range(3):
+            mine = (x[h] if per_head else x for x in (keys, values))
+            expected = written_down(*(x.numpy() for x in (q[b, :, h], k[b, :, h], v[b, :, h], *mine)))
+            torch.testing.assert_close(out[b, :, h], torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("name", KERNELS)

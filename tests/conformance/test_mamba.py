@@ -45,6 +45,25 @@ def scan(given: dict[str, Tensor], **options: Any) -> Any:
     return selective_scan(**given, **options)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("ids", [None, [[0, 0, 1, 1, 1, 1]]], ids=["one", "packed"])
+def test_both_states_are_differentiable(name: str, ids: list[list[int]] | None) -> None:
+    """By finite differences, in and out, with groups of B and C, and a second segment that the first is lost to."""
+    given = tensors(0, 6, B=1, groups=2)
+    state = torch.ones(1, 6, 3, dtype=torch.float64)
+    segments = None if ids is None else torch.tensor(ids)
+
+    def both(state: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        again = dict(zip(given, leaves, strict=True))
+        return scan(again, initial_state=state, return_state=True, segment_ids=segments, kernel=name)
+
+    leaves = [x.requires_grad_() for x in (state, *given.values())]
+    assert torch.autograd.gradcheck(both, leaves)
+    _, last = both(*leaves)
+    (grad,) = torch.autograd.grad(last.sum(), state)
+    assert grad.any() == (ids is None)
+
+
 def number_by_number(given: dict[str, Tensor], b: int, e: int) -> list[float]:
     """Algorithm 2 of the paper for one channel of one sequence, in Python's numbers."""
     x = {name: tensor.tolist() for name, tensor in given.items()}

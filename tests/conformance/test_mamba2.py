@@ -100,6 +100,25 @@ def test_mamba_with_one_decay_a_head_is_mamba2(name: str, seed: int, T: int) -> 
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("ids", [None, [[0, 0, 1, 1, 1, 1]]], ids=["one", "packed"])
+def test_both_states_are_differentiable(name: str, ids: list[list[int]] | None) -> None:
+    """By finite differences, in and out, with groups, limits, and a second segment that the first state is lost to."""
+    given = tensors(0, 6, B=1)
+    state = torch.ones(1, 4, 3, 5, dtype=torch.float64)
+    options: dict[str, Any] = {"segment_ids": None if ids is None else torch.tensor(ids), "dt_limit": (0.05, 3.0)}
+
+    def both(state: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        again = dict(zip(given, leaves, strict=True))
+        return run(again, initial_state=state, return_state=True, chunk_size=4, kernel=name, **options)
+
+    leaves = [x.requires_grad_() for x in (state, *given.values())]
+    assert torch.autograd.gradcheck(both, leaves)
+    _, last = both(*leaves)
+    (grad,) = torch.autograd.grad(last.sum(), state)
+    assert grad.any() == (ids is None)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_skip_per_channel_is_the_same_for_all_when_equal(name: str) -> None:
     given = tensors(0, 9)
     wide = {**given, "D": given["D"][:, None].expand(4, 3).contiguous()}

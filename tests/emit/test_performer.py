@@ -81,3 +81,12 @@ def test_projections_are_never_low_in_precision(dtype: str) -> None:
     wide = torch.float64 if dtype == "float64" else torch.float32
     assert all(projection.dtype == wide for projection in projections(built))
     assert built(tokens()).isfinite().all()
+
+
+def test_a_model_that_redraws_compiles_as_one_graph_and_draws_as_before() -> None:
+    built, plain = model(REDRAWN, layers=1), model(REDRAWN, layers=1)
+    compiled = torch.compile(built, fullgraph=True, backend="aot_eager")
+    for step in range(5):
+        torch.testing.assert_close(compiled(tokens(seed=step)), plain(tokens(seed=step)))
+    assert same(projections(built), projections(plain))
+    assert not same(projections(built), projections(model(REDRAWN, layers=1)))
