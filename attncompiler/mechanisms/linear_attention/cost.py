@@ -67,11 +67,8 @@ def cost(policy: LinearAttentionPolicy, size: MixerSize) -> Cost:
         kept = projection if policy.redraw_interval is not None else 0
         total = total + Cost(forward_bytes=projection, backward_bytes=projection, saved_bytes=kept)
     if policy.decay == "scalar":
-        # the gate in the compute dtype, in fp32 for its logarithm's gradient, and the logarithm of the decay
-        gates = n * H * (itemsize + 2 * wide) if itemsize < wide else n * H * 2 * wide
-        gating = Cost(
-            forward_bytes=gates, backward_bytes=gates, saved_bytes=gates - n * H * itemsize * (itemsize < wide)
-        )
+        gates = n * H * 2 * wide  # the gate, which its logarithm's gradient asks for, and the logarithm of the decay
+        gating = Cost(forward_bytes=gates, backward_bytes=gates, saved_bytes=gates)
         total = total + blocks.linear(n, M, H, True, itemsize) + gating
     return total + blocks.rotary(policy.rope_parameters, size, 2 * H, D)
 
