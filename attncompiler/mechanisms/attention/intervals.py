@@ -8,10 +8,6 @@ the number of ranges, never the number of tokens. Ranges are half-open, in order
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from typing import Any
-
-import torch
 
 from attncompiler.mechanisms.attention.pattern import (
     Causal,
@@ -23,7 +19,7 @@ from attncompiler.mechanisms.attention.pattern import (
     SlidingWindow,
     Strided,
 )
-from attncompiler.mechanisms.attention.random_blocks import NONE, drawn
+from attncompiler.mechanisms.attention.random_blocks import NONE, drawn_range
 
 Range = tuple[int, int]
 
@@ -144,20 +140,7 @@ def _strided(pattern: Strided, first: int, last: int, length: int) -> Iterator[R
         yield (i + m * stride) * size, (k + m * stride + 1) * size
 
 
-ROWS = 256
-"""Blocks of queries whose draws are made at once."""
-
-
-def _drawn(pattern: Random, first: int, last: int, length: int, layer: int) -> list[frozenset[int]]:
+def _drawn(pattern: Random, first: int, last: int, length: int, layer: int) -> list[set[int]]:
     """The blocks drawn for each of the blocks first … last of queries."""
-    blocks = 0 if pattern.causal else -(-length // pattern.block_size)
-    # values, not the pattern: a model's own hash costs more than the rest
-    fields = tuple(pattern.__dict__.items())
-    return [_draws(fields, layer, row // ROWS, blocks)[row % ROWS] for row in range(first, last + 1)]
-
-
-@lru_cache(maxsize=256)
-def _draws(fields: tuple[tuple[str, Any], ...], layer: int, part: int, blocks: int) -> list[frozenset[int]]:
-    rows = torch.arange(part * ROWS, (part + 1) * ROWS)
-    found = drawn(Random(**dict(fields)), layer, rows, torch.full_like(rows, blocks))
-    return [frozenset(row) - {NONE} for row in found.tolist()]
+    found = drawn_range(pattern, layer, first, last, -(-length // pattern.block_size))
+    return [set(row) - {NONE} for row in found.tolist()]

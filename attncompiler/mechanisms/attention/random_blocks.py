@@ -13,8 +13,12 @@ With at most r candidates all are seen.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from attncompiler.mechanisms.attention.pattern import Random
 
@@ -66,3 +70,23 @@ def drawn(pattern: Random, layer: int, rows: Tensor, blocks: Tensor | int) -> Te
     behind = chosen - before[:, None]
     found = torch.where(behind < 0, chosen + pattern.global_blocks, behind + (rows + pattern.local_blocks)[:, None])
     return torch.where(chosen == NONE, NONE, found)
+
+
+ROWS = 256
+"""Blocks of queries whose draws are made, and kept, at once."""
+
+
+def drawn_range(pattern: Random, layer: int, first: int, last: int, blocks: int) -> Tensor:
+    """As `drawn`, for the blocks first … last of queries, on the CPU; what was asked before is not made again."""
+    # values, not the pattern, whose own hash costs more than the rest
+    fields, blocks = tuple(pattern.__dict__.items()), 0 if pattern.causal else blocks
+    parts = [_part(fields, layer, part, blocks) for part in range(first // ROWS, last // ROWS + 1)]
+    width = max(part.shape[1] for part in parts)
+    table = torch.cat([pad(part, (0, width - part.shape[1]), value=NONE) for part in parts]) if parts[1:] else parts[0]
+    return table[first % ROWS : first % ROWS + last - first + 1]
+
+
+@lru_cache(maxsize=256)
+def _part(fields: tuple[tuple[str, Any], ...], layer: int, part: int, blocks: int) -> Tensor:
+    rows = torch.arange(part * ROWS, (part + 1) * ROWS)
+    return drawn(Random(**dict(fields)), layer, rows, torch.full_like(rows, blocks))

@@ -129,9 +129,15 @@ def blocks(inputs: Tensors, view: View, batches: Sequence[slice], size: int) -> 
 
 
 def _rows(pattern: Pattern, size: int) -> int:
-    """How many queries to a block: no more than share the pattern's own blocks, unless those are small."""
-    own = pattern.block_size if isinstance(pattern, (Strided, LocalGlobal, Random)) else size
-    return own if LEAST_ROWS <= own < size else size
+    """How many queries to a block: where keys lie scattered no more than share them, unless those are few."""
+    match pattern:
+        case Strided(block_size=own) if own >= LEAST_ROWS:
+            return min(own, size)
+        case LocalGlobal(block_size=own) if own >= 2 * LEAST_ROWS:
+            return min(own, size)
+        case Random(block_size=own):
+            return min(-(-LEAST_ROWS // own) * own, size)
+    return size
 
 
 def _moves_along(pattern: Pattern) -> bool:

@@ -20,7 +20,7 @@ from attncompiler.mechanisms.attention.pattern import (
     SlidingWindow,
     Strided,
 )
-from attncompiler.mechanisms.attention.random_blocks import NONE, drawn
+from attncompiler.mechanisms.attention.random_blocks import drawn, drawn_range
 from attncompiler.runtime.implementation import Tensors
 
 
@@ -73,17 +73,26 @@ def pattern_visible(pattern: Pattern, i: Tensor, j: Tensor, *, layer: int = 0, l
 
 def _drawn(pattern: Random, row: Tensor, column: Tensor, layer: int, lengths: Tensor | None) -> Tensor:
     """Whether the block `row` (…, T, 1) of queries sees the block `column` (…, 1, S) of keys by chance."""
-    blocks = torch.zeros_like(row)
-    if not pattern.causal:
-        assert lengths is not None
-        blocks = (-(-lengths // pattern.block_size)).expand_as(row)
-    pairs, number = torch.stack([row, blocks], -1).flatten(0, -2).unique(dim=0, return_inverse=True)
-    found = drawn(pattern, layer, *pairs.unbind(1))
-    last = int(column.max()) if column.numel() else 0
-    # one column more, for draws that there are not and for blocks beyond the keys at hand
-    table = torch.zeros(len(pairs), last + 2, dtype=torch.bool, device=row.device)
-    table.scatter_(1, found.masked_fill((found == NONE) | (found > last), last + 1), True)
-    return table[number.view(row.shape), column.clamp(min=0)]
+    if not (row.numel() and column.numel()):
+        return torch.zeros(torch.broadcast_shapes(row.shape, column.shape), dtype=torch.bool, device=row.device)
+    blocks = torch.zeros_like(row) if pattern.causal else -(-_given(lengths) // pattern.block_size)
+    (first, last), (low, high), (least, most) = ((int(each.min()), int(each.max())) for each in (row, column, blocks))
+    if least == most and last - first < row.numel():
+        found, number = drawn_range(pattern, layer, first, last, most).to(row.device), row - first
+    else:
+        pairs = torch.stack([row, blocks.expand_as(row)], -1).flatten(0, -2)
+        pairs, number = pairs.unique(dim=0, return_inverse=True)
+        found, number = drawn(pattern, layer, *pairs.unbind(1)), number.view(row.shape)
+    # one column more, for draws that there are not and for those that are not asked about
+    table = torch.zeros(len(found), high - low + 2, dtype=torch.bool, device=row.device)
+    table.scatter_(1, found.sub(low).masked_fill_((found < low) | (found > high), high - low + 1), True)
+    return table[number, column - low]
+
+
+def _given(lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        raise TypeError("a random pattern that is not causal is read with the lengths of its sequences")
+    return lengths
 
 
 def sequence_lengths(inputs: Tensors, pattern: Pattern, kv_positions: Tensor) -> Tensor | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attncompiler.blocks.underflow import LOG2_E, exp2_
+from attncompiler.mechanisms.attention import residues, sinks
 from attncompiler.mechanisms.attention.dropout import kept
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.tiles import Block, Tile, View, blocks, gathered, parts, scattered, split
@@ -143,6 +144,27 @@ def _longest(x: Tensor) -> float:
 
 def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     """q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) → out (B, T, H, V), lse (B, H, T)."""
+    if residues.splits(inputs, options):
+        results = residues.forward(_forward, inputs, options)
+    else:
+        results = _forward(inputs, options)
+    if "sinks" in inputs:
+        results["out"], results["lse"] = sinks.join(results["out"], results["lse"], inputs["sinks"])
+    return results
+
+
+def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
+    """The gradients of q, k, v and sinks, from the probabilities that the lse gives back."""
+    if residues.splits(inputs, options):
+        found = residues.backward(_backward, grads, inputs, outputs, options)
+    else:
+        found = _backward(grads, inputs, outputs, options)
+    if "sinks" in inputs:
+        found["sinks"] = sinks.gradient(inputs["sinks"], outputs["out"], outputs["lse"], grads["out"])
+    return found
+
+
+def _forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     call = Call(inputs, options)
     (B, T, H, _), V = call.q.shape, call.v.shape[-1]
     out, lse = call.q.new_empty(B, T, H, V), call.q.new_empty(B, H, T, dtype=call.dtype)
@@ -170,12 +192,6 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
             out[block.batch, block.rows], lse[block.batch, :, block.rows] = 0, -torch.inf
             continue
         normaliser = total.log2() if largest is None else largest + total.log2()
-        if "sinks" in inputs:
-            # a key without a value, which only rows that see something have
-            sink = call.by_row(inputs["sinks"], block) * LOG2_E
-            joined = torch.logaddexp2(normaliser, sink).masked_fill(normaliser == -torch.inf, -torch.inf)
-            weighted.mul_((normaliser - joined.clamp(min=LOWEST)).exp2_())
-            normaliser = joined
         lse[block.batch, :, block.rows] = call.by_head(normaliser, block)
         # no sum of a row that sees something is smaller
         out[block.batch, block.rows] = call.ungrouped(weighted.div_(total.clamp_(min=2**-CALM)), block)
@@ -189,21 +205,16 @@ def _more(sums: Tensor | None, further: Tensor, fading: Tensor | None) -> Tensor
     return further.add_(sums) if fading is None else further.addcmul_(sums, fading)
 
 
-def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
-    """The gradients of q, k, v and sinks, from the probabilities that the lse gives back."""
+def _backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     call = Call(inputs, options)
     dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     dk, dv = _accumulator(call.k, call.dtype), _accumulator(call.v, call.dtype)
-    dsinks = torch.zeros_like(inputs["sinks"]) if "sinks" in inputs else None
     for block in call.blocks():
         queries = call.queries(block)
         dweighted = call.grouped(grads["out"], block)
         delta = (dweighted * call.grouped(outputs["out"], block)).sum(-1, keepdim=True)
         lse = call.by_row(outputs["lse"][block.batch, :, block.rows], block)
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row that sees nothing has only weights of 0
-        if dsinks is not None:
-            lost = (call.by_row(inputs["sinks"], block) - lse).exp_().mul_(delta)
-            dsinks -= call.by_head(lost, block).sum((0, 2))
         lse = lse * LOG2_E
         dqueries = torch.zeros_like(queries)
         for tile in block.tiles(KEYS):
@@ -223,8 +234,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
             call.scattered(dk, block, tile, torch.bmm(dscores.mT, queries))
             dqueries.baddbmm_(dscores, keys)
         dq[block.batch, block.rows] = call.ungrouped(dqueries.mul_(call.scale), block)
-    found = {"q": dq, "k": dk.div_(call.unit).to(call.k.dtype), "v": dv.to(call.v.dtype)}
-    return found if dsinks is None else {**found, "sinks": dsinks}
+    return {"q": dq, "k": dk.div_(call.unit).to(call.k.dtype), "v": dv.to(call.v.dtype)}
 
 
 def _accumulator(tensor: Tensor, dtype: torch.dtype) -> Tensor:

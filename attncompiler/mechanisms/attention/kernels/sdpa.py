@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attncompiler.mechanisms.attention import sinks
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.visibility import visible
 from attncompiler.runtime.implementation import Implementation, Tensors
@@ -66,14 +67,8 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
     if "sinks" not in inputs:
         return {"out": out, "lse": lse}
-    # the sink joins at the end: it adds to the denominator and to nothing else
-    joined = torch.logaddexp(lse, _sinks(inputs, lse)).masked_fill(lse == -torch.inf, -torch.inf)
-    share = (lse - joined.masked_fill(joined == -torch.inf, 0.0)).exp()
-    return {"out": (out * share.transpose(1, 2)[..., None]).to(out.dtype), "lse": joined}
-
-
-def _sinks(inputs: Tensors, lse: Tensor) -> Tensor:
-    return inputs["sinks"].to(lse.dtype)[:, None].expand_as(lse)
+    out, lse = sinks.join(out, lse, inputs["sinks"])
+    return {"out": out, "lse": lse}
 
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
@@ -93,9 +88,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
     )
     grads_by_name = {name: grad.transpose(1, 2).contiguous() for name, grad in zip("qkv", found, strict=True)}
     if "sinks" in inputs:
-        delta = (grads["out"].to(lse.dtype) * outputs["out"].to(lse.dtype)).sum(-1).transpose(1, 2)
-        lost = (_sinks(inputs, lse) - lse.masked_fill(lse == -torch.inf, torch.inf)).exp() * delta
-        grads_by_name["sinks"] = -lost.sum((0, 2))
+        grads_by_name["sinks"] = sinks.gradient(inputs["sinks"], outputs["out"], lse, grads["out"])
     return grads_by_name
 
 
