@@ -83,7 +83,7 @@ def rope_faults(rope: RopeParameters | None) -> Iterator[Fault]:
 def _yarn_faults(rope: RopeParameters) -> Iterator[Fault]:
     if rope.rope_theta <= 1:
         message = f"yarn needs frequencies that fall from pair to pair, and with rope_theta {rope.rope_theta:g} none do"
-        yield Fault(("rope_parameters",), message, code="E105", remedy="give a rope_theta above 1")
+        yield Fault(("rope_parameters", "rope_theta"), message, code="E105", remedy="give a rope_theta above 1")
     fast, slow = rope.beta_fast or BETA_FAST, rope.beta_slow or BETA_SLOW
     if fast < slow:
         place = "beta_fast" if rope.beta_fast is not None else "beta_slow"

@@ -104,6 +104,42 @@ TABLE: list[tuple[str, str, list[str]]] = [
     ("pattern: {kind: causal}", "rope_parameters: {factor: 2.0}", [
         "f:10:31: E105 'factor' means nothing to rope_type 'default'; remove it, or change rope_type",
     ]),
+    ("pattern: {kind: causal}", "rope_scaling: {type: linear, factor: 0.5}", [
+        "f:10:42: E014 policies.full.rope_parameters.factor must be at least 1, not 0.5",
+    ]),
+    ("pattern: {kind: causal}", "rope_parameters: {rope_type: dynamic, factor: 2, partial_rotary_factor: 0.125}", [
+        "f:10:22: E101 rope_type 'dynamic' stretches the slowest pair and keeps the fastest, and a head has one pair "
+        "alone; change head_dim or partial_rotary_factor",
+    ]),
+    ("pattern: {kind: causal}", "rope_parameters: {rope_type: yarn, factor: 2, beta_fast: 0.5}", [
+        "f:10:62: E105 beta_fast 0.5 must not be less than beta_slow 1",
+    ]),
+    ("pattern: {kind: causal}", "rope_parameters: {rope_type: yarn, factor: 2, beta_slow: 33}", [
+        "f:10:62: E105 beta_fast 32 must not be less than beta_slow 33",
+    ]),
+    ("pattern: {kind: causal}", "rope_theta: 1\n    rope_scaling: {type: yarn, factor: 2}", [
+        "f:10:17: E105 yarn needs frequencies that fall from pair to pair, and with rope_theta 1 none do; "
+        "give a rope_theta above 1",
+    ]),
+    ("pattern: {kind: causal}", "rope_parameters: {rope_type: yarn, factor: 2, mscale: 0.7}", [
+        "f:10:59: E105 'mscale' means something only with both mscale and mscale_all_dim; give the other too, or "
+        "neither",
+    ]),
+    ("pattern: {kind: causal}", "rope_parameters: {rope_type: yarn, factor: 2, mscale_all_dim: 1, mscale: 1, "
+        "attention_factor: 1}", [
+        "f:10:78: E105 attention_factor is given, and 'mscale' would say it again; remove one of the two",
+    ]),
+    ("pattern: {kind: causal}", "rope_parameters: {rope_type: linear, factor: 2, truncate: false}", [
+        "f:10:63: E105 'truncate' means nothing to rope_type 'linear'; remove it, or change rope_type",
+    ]),
+    ("pattern: {kind: causal}", "rope_parameters: {rope_type: llama3, factor: 8, low_freq_factor: 4, "
+        "high_freq_factor: 4, original_max_position_embeddings: 8192}", [
+        "f:10:70: E105 low_freq_factor 4 must be less than high_freq_factor 4",
+    ]),
+    ("pattern: {kind: causal}", "rope_parameters: {rope_type: llama3, factor: 8, low_freq_factor: 1}", [
+        "f:10:22: E105 rope_type 'llama3' needs 'high_freq_factor'",
+        "f:10:22: E105 rope_type 'llama3' needs 'original_max_position_embeddings'",
+    ]),
     ("{policy: full}", "{policy: ful}", ["f:12:14: E102 unknown policy 'ful'; did you mean 'full'?"]),
     ("layers:\n  - {policy: full}", "layers: []", ["f:11:9: E103 the model has no layers"]),
     ("{policy: full}", "{repeat: 3, layers: []}", ["f:12:3: E103 the model has no layers"]),

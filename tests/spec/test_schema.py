@@ -58,6 +58,9 @@ ROUTE = "routes: [{when: 'seq_len > 1', kernel: "
 AGREED = [
     (PATTERN, "rope_theta: 10000.0", True),
     (PATTERN, "rope_scaling: {type: linear, factor: 2.0}", True),
+    (PATTERN, "rope_parameters: {rope_type: yarn, factor: 2.0, truncate: false}", True),
+    (PATTERN, "rope_parameters: {rope_type: linear, factor: 0.5}", False),
+    (PATTERN, "rope_parameters: {rope_type: longrope}", False),
     ("name: base", "seed: 3", False),
     ("name: base", "name: base\nnmae: base", False),
     ("hidden_size: 64", "hidden_size: '64'", False),
