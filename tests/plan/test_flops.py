@@ -61,6 +61,19 @@ FORMS: dict[str, ModelSpec] = {
         "{kind: linear_attention, num_attention_heads: 4, feature_map: favor, decay: scalar}",
         dtype="bfloat16",
     ),
+    "rotary": small(
+        "{kind: attention, num_attention_heads: 1, head_dim: 128, rope_parameters: {rope_type: yarn, factor: 4.0, "
+        "partial_rotary_factor: 0.5, interleaved: true}}",
+        mlp="{kind: none}",
+        dtype="bfloat16",
+    ),
+    "dynamic": small(
+        "{kind: attention, num_attention_heads: 1, head_dim: 128, rope_parameters: {rope_type: dynamic, factor: 2.0, "
+        "original_max_position_embeddings: 16}}",
+        "{kind: linear_attention, num_attention_heads: 1, head_dim: 128, rope_parameters: {rope_type: dynamic, "
+        "factor: 2.0}}",
+        mlp="{kind: none}",
+    ),
     "wide_heads": small(
         "{kind: attention, num_attention_heads: 6, num_key_value_heads: 2, head_dim: 10, v_head_dim: 12, "
         "attention_bias: qkv, qk_norm: rms, rope_parameters: {rope_theta: 1000.0, partial_rotary_factor: 0.6}}"

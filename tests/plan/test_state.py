@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_specs import NAMES, example
+from test_flops import FORMS
 
 from attncompiler.mechanisms.base import discover
 from attncompiler.planning import plan
@@ -17,11 +18,11 @@ STEPPED = [
 ]
 
 
-@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.parametrize("name", [*STEPPED, "dynamic"])
 def test_decode_state_is_as_large_as_predicted(name: str) -> None:
     from attncompiler.emit import emit
 
-    spec = example(name)
+    spec = FORMS[name] if name in FORMS else example(name)
     planned = plan(spec, "cpu", batch=2, seq_len=34)
     model = emit(spec, planned, device="cpu")
     state = model.init_state(2, 40)
