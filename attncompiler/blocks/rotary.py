@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +17,9 @@ class Rotary(nn.Module):
     """Turns pairs of a head's channels by position · frequency, the first `partial_rotary_factor` of the channels.
 
     Pairs are (i, i + width/2) as in HF's Llama, or (2i, 2i + 1) when interleaved, as in GPT-J. Frequencies are HF's for
-    each rope_type, see `frequencies` and `attention_factor`. There is no table to grow or to move: angles follow from
-    the positions, in fp64 up to whole turns, so that a position of a million is as exact as the first.
+    each rope_type, see `frequencies` and `attention_factor`. There is no table to grow, to move or to round: angles
+    follow from the positions on their device, in fp64 up to whole turns, so that a position of a million is as exact as
+    the first.
 
     `dynamic` has other frequencies for each length beyond the original one (`stretched`). HF takes the longest row of
     the batch for all of it, padding and packed documents included, and in decoding the length so far, so that the keys
@@ -34,10 +34,6 @@ class Rotary(nn.Module):
         self.rope = rope
         self.original = rope.original_max_position_embeddings or max_position_embeddings
         self.factor = attention_factor(rope)
-        # numbers, not a buffer: they need no device, are no part of a state dict, and no cast of the model rounds them
-        turns = [each / math.tau for each in frequencies(rope, self.width, self.original)]
-        signed = ([-each, each] for each in turns) if rope.interleaved else ([-each for each in turns], turns)
-        self.turns = tuple(itertools.chain.from_iterable(signed))
 
     def forward(
         self, q: Tensor, k: Tensor, position_ids: Tensor | None = None, state: Mapping[str, Tensor] | None = None
@@ -48,8 +44,12 @@ class Rotary(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(q.shape[1], device=q.device)[None]
-        turns = position_ids.double()[..., None] * self._turns_per_token(position_ids, state)
-        angles = turns.frac_().mul_(math.tau).to(torch.promote_types(q.dtype, torch.float32))[:, :, None]
+        angles = (
+            self._turns(position_ids, state)
+            .frac_()
+            .mul_(math.tau)
+            .to(torch.promote_types(q.dtype, torch.float32))[:, :, None]
+        )
         cos, sin = angles.cos(), angles.sin()
         if self.factor != 1:
             cos, sin = cos * self.factor, sin * self.factor
@@ -67,42 +67,47 @@ class Rotary(nn.Module):
             return {}
         return {"rope_length": torch.full((batch,), max_length, dtype=torch.int64, device=device)}
 
-    def _turns_per_token(self, position_ids: Tensor, state: Mapping[str, Tensor] | None) -> Tensor:
-        """Signed turns a token of each channel, fp64: (width,), or (B or 1, T or 1, width) for `dynamic`."""
-        turns = torch.tensor(self.turns, dtype=torch.float64).to(position_ids.device, non_blocking=True)
-        if self.rope.rope_type != "dynamic":
-            return turns
-        lengths = sequence_lengths(position_ids) if state is None else state["rope_length"][:, None]
-        scale = stretched(lengths, self.original, self.rope.factor or 1.0, self.width)
-        return turns * (scale.repeat_interleave(2, -1) if self.rope.interleaved else torch.cat([scale, scale], -1))
+    def _turns(self, position_ids: Tensor, state: Mapping[str, Tensor] | None) -> Tensor:
+        """By how many turns each channel is turned, fp64 (B or 1, T, width); of a pair the first is turned back."""
+        frequency = frequencies(self.rope, self.width, self.original, position_ids.device)
+        if self.rope.rope_type == "dynamic":
+            lengths = sequence_lengths(position_ids) if state is None else state["rope_length"][:, None]
+            frequency = frequency * stretched(lengths, self.original, self.rope.factor or 1.0, self.width)
+        turns = frequency / math.tau
+        if self.rope.interleaved:
+            turns = torch.stack([-turns, turns], -1).flatten(-2)
+        else:
+            turns = torch.cat([-turns, turns], -1)
+        return position_ids.double()[..., None] * turns
 
     def extra_repr(self) -> str:
         said = self.rope.model_dump(exclude_defaults=True, exclude={"rope_theta", "partial_rotary_factor"})
         return ", ".join([f"{self.width}, theta={self.rope.rope_theta:g}", *(f"{k}={v}" for k, v in said.items())])
 
 
-def frequencies(rope: RopeParameters, width: int, original: int) -> tuple[float, ...]:
-    """By how many radians a token turns each pair of the `width` rotary channels.
+def frequencies(rope: RopeParameters, width: int, original: int, device: torch.device | None = None) -> Tensor:
+    """By how many radians a token turns each pair of the `width` rotary channels, fp64 (width/2,).
 
     θ^(−2i/width), divided by `factor` but for the share that is kept: all of it for default (and for dynamic within the
     original length), none for linear (Chen et al. 2023, https://arxiv.org/abs/2306.15595); for yarn and llama3 more of
     it the more turns the pair makes over the `original` length.
     """
-    plain = [rope.rope_theta ** (-2 * pair / width) for pair in range(width // 2)]
+    slowest = (2 / width - 1) * math.log2(rope.rope_theta)
+    plain = torch.logspace(0, slowest, width // 2, base=2, dtype=torch.float64, device=device)
+    factor = rope.factor or 1.0
     match rope.rope_type:
         case "linear":
-            kept = [0.0] * len(plain)
+            return plain / factor
         case "yarn":
-            kept = _kept_by_yarn(rope, width, original)
+            kept = _kept_by_yarn(rope, width, original, device)
         case "llama3":
             kept = _kept_by_llama3(rope, plain, original)
         case _:
-            return tuple(plain)
-    factor = rope.factor or 1.0
-    return tuple(each * (share + (1 - share) / factor) for each, share in zip(plain, kept, strict=True))
+            return plain
+    return plain * (kept + (1 - kept) / factor)
 
 
-def _kept_by_yarn(rope: RopeParameters, width: int, original: int) -> list[float]:
+def _kept_by_yarn(rope: RopeParameters, width: int, original: int, device: torch.device | None) -> Tensor:
     """Falling along the pairs, from the one that makes beta_fast turns over the original length to that of beta_slow.
 
     "NTK by parts" of Peng et al. 2023 (https://arxiv.org/abs/2309.00071, section 3.2), in the form of its authors' code
@@ -118,16 +123,16 @@ def _kept_by_yarn(rope: RopeParameters, width: int, original: int) -> list[float
     if rope.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    length = high - low or 0.001
-    return [1 - min(max((pair - low) / length, 0.0), 1.0) for pair in range(width // 2)]
+    pairs = torch.arange(width // 2, dtype=torch.float64, device=device)
+    return 1 - ((pairs - low) / (high - low or 0.001)).clamp(0, 1)
 
 
-def _kept_by_llama3(rope: RopeParameters, plain: list[float], original: int) -> list[float]:
+def _kept_by_llama3(rope: RopeParameters, plain: Tensor, original: int) -> Tensor:
     """Rising with the turns over the original length, from low_freq_factor to high_freq_factor (Llama 3.1's code)."""
     low, high = rope.low_freq_factor, rope.high_freq_factor
     assert low is not None
     assert high is not None
-    return [min(max((original * each / math.tau - low) / (high - low), 0.0), 1.0) for each in plain]
+    return ((plain * (original / math.tau) - low) / (high - low)).clamp(0, 1)
 
 
 def stretched(lengths: Tensor, original: int, factor: float, width: int) -> Tensor:

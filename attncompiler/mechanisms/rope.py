@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from attncompiler.mechanisms.base import Factor, Fault, Length, StrictModel
+from attncompiler.mechanisms.base import Fault, Length, StrictModel
 
+Positive = Annotated[float, Field(gt=1e-30, lt=1e30)]
+"""A positive number whose powers and ratios a float holds."""
 Stretch = Annotated[float, Field(ge=1, lt=1e30)]
 """By how much a context is made longer than the one that a model was trained with."""
 
@@ -21,19 +23,19 @@ class RopeParameters(StrictModel, allow_inf_nan=False):
     """
 
     rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
-    rope_theta: Factor = 10000.0
+    rope_theta: Positive = 10000.0
     factor: Stretch | None = None
     original_max_position_embeddings: Length | None = None
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
     interleaved: bool = False
-    attention_factor: Factor | None = None
-    beta_fast: Factor | None = None
-    beta_slow: Factor | None = None
-    mscale: Factor | None = None
-    mscale_all_dim: Factor | None = None
+    attention_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    mscale: Positive | None = None
+    mscale_all_dim: Positive | None = None
     truncate: bool | None = None
-    low_freq_factor: Factor | None = None
-    high_freq_factor: Factor | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
 
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attncompiler.blocks.positions import sequence_lengths
 from attncompiler.blocks.rotary import Rotary, attention_factor, frequencies, stretched
@@ -62,7 +64,7 @@ def test_pairs_are_turned_by_position_times_frequency(rope_type: str, partial: f
     expected = [q.clone(), k.clone()]
     for x, out in zip((q, k), expected, strict=True):
         for t, position in enumerate(positions[0].tolist()):
-            for pair, frequency in enumerate(frequencies(rotary.rope, width, original)):
+            for pair, frequency in enumerate(frequencies(rotary.rope, width, original).tolist()):
                 a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
                 if rope_type == "dynamic":
                     frequency *= (2.0 * 31 / 8 - 1) ** (-2 * pair / (width - 2))
@@ -113,6 +115,17 @@ def test_no_cast_copy_or_device_of_the_model_changes_a_turn(rope_type: str) -> N
     assert all(torch.equal(a, b) for a, b in zip(rotary(x, x), expected(x, x), strict=True))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("rope_type", FAMILY)
+def test_nothing_is_read_on_the_host_or_made_elsewhere_than_the_positions_are(rope_type: str, device: str) -> None:
+    """In torch's fake mode, where a value that the host asked for, or a device that does not fit, is an error."""
+    rotary = made(16, rope_type)
+    with FakeTensorMode():
+        x, positions = torch.empty(2, 20, 3, 16, device=device), torch.arange(20, device=device).expand(2, -1)
+        for state in (None, rotary.init_state(2, 20, torch.device(device))):
+            assert {out.device.type for out in rotary(x, x, positions, state)} == {device}
+
+
 def test_the_width_and_its_relation_agree_where_floats_miss() -> None:
     """100 · 0.28 is above 28 in floats, 180 · 0.7 below 126."""
     for head_dim in range(2, 257):
@@ -123,6 +136,35 @@ def test_the_width_and_its_relation_agree_where_floats_miss() -> None:
             if not faults:
                 assert Rotary(head_dim, rope, MAX).width == exact // 100
     assert list(rotary_width_faults(RopeParameters(partial_rotary_factor=1e-9), 64)), "none is no even number above 0"
+
+
+EXTREMES = {
+    "rope_theta": [1.1e-30, 1.0, 1 + 2**-52, 9.9e29],
+    "factor": [1.0, 9.9e29],
+    "original_max_position_embeddings": [1, 2**40 - 1],
+    "attention_factor": [None, 1.1e-30],
+    "beta_fast": [None, 1.1e-30, 9.9e29],
+    "beta_slow": [None, 1.1e-30, 9.9e29],
+    "mscale": [None, 1.1e-30, 9.9e29],
+    "mscale_all_dim": [None, 1.1e-30, 9.9e29],
+    "truncate": [None, False],
+    "low_freq_factor": [1.1e-30, 1.0, 9.8e29],
+    "high_freq_factor": [1.2e-30, 1 + 2**-52, 9.9e29],
+}
+
+
+@pytest.mark.parametrize("rope_type", FAMILY)
+def test_the_largest_and_smallest_options_that_are_valid_give_numbers(rope_type: str) -> None:
+    options, count = ("rope_theta", *ROPE_OPTIONS[rope_type][1]), 0
+    for values in itertools.product(*(EXTREMES[name] for name in options)):
+        rope = RopeParameters(rope_type=rope_type, **dict(zip(options, values, strict=True)))
+        if not list(rope_faults(rope)):
+            rotary, count = Rotary(8, rope, MAX), count + 1
+            assert frequencies(rope, 8, rotary.original).isfinite().all(), rope
+            assert math.isfinite(rotary.factor), rope
+    assert count > 3
+    x, far = torch.ones(1, 2, 1, 8), torch.tensor([[1, 2**40]])
+    assert made(8, rope_type)(x, x, far)[0].isfinite().all()
 
 
 # --- transformers' formulas -------------------------------------------------------------------------------------
@@ -195,7 +237,7 @@ def test_frequencies_are_transformers(rope_type: str, data: st.DataObject) -> No
     width = Rotary(head_dim, rope, MAX).width
     expected, factor = hf_frequencies(rope, head_dim)
     assert expected.dtype == torch.float64
-    found = torch.tensor(frequencies(rope, width, rope.original_max_position_embeddings or MAX), dtype=torch.float64)
+    found = frequencies(rope, width, rope.original_max_position_embeddings or MAX)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
     assert attention_factor(rope) == pytest.approx(factor, rel=1e-15)
 
@@ -206,8 +248,7 @@ def test_dynamic_frequencies_are_transformers_at_every_length(drawn: tuple[RopeP
     rope, head_dim = drawn
     width, original = Rotary(head_dim, rope, MAX).width, rope.original_max_position_embeddings or MAX
     expected, factor = hf_frequencies(rope, head_dim, length)
-    plain = torch.tensor(frequencies(rope, width, original), dtype=torch.float64)
-    found = plain * stretched(torch.tensor(length), original, rope.factor or 0.0, width)
+    found = frequencies(rope, width, original) * stretched(torch.tensor(length), original, rope.factor or 0.0, width)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
     assert attention_factor(rope) == factor == 1
 

@@ -107,6 +107,9 @@ TABLE: list[tuple[str, str, list[str]]] = [
     ("pattern: {kind: causal}", "rope_scaling: {type: linear, factor: 0.5}", [
         "f:10:42: E014 policies.full.rope_parameters.factor must be at least 1, not 0.5",
     ]),
+    ("pattern: {kind: causal}", "rope_theta: 1e-300", [
+        "f:10:17: E014 policies.full.rope_parameters.rope_theta must be greater than 1e-30, not 1e-300",
+    ]),
     ("pattern: {kind: causal}", "rope_parameters: {rope_type: dynamic, factor: 2, partial_rotary_factor: 0.125}", [
         "f:10:22: E101 rope_type 'dynamic' stretches the slowest pair and keeps the fastest, and a head has one pair "
         "alone; change head_dim or partial_rotary_factor",
