@@ -172,16 +172,21 @@ class _Turn(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return tuple(torch.addcmul(x * cos, _swap(x, interleaved), sin) for x in (q, k))  # type: ignore[return-value]
+        return _turned(q, cos, sin, interleaved), _turned(k, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        turned = (torch.addcmul(grad * cos, _swap(grad, ctx.interleaved), sin, value=-1) for grad in grads)
-        return *turned, None, None, None
+        back = -sin
+        return *(_turned(grad, cos, back, ctx.interleaved) for grad in grads), None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return torch.addcmul(_swap(x, interleaved).mul_(sin), x, cos)
 
 
 def _swap(x: Tensor, interleaved: bool) -> Tensor:
+    """A copy in which the two of each pair have changed places."""
     if interleaved:
         return x.unflatten(-1, (-1, 2)).roll(1, -1).flatten(-2)
     return x.roll(x.shape[-1] // 2, -1)
