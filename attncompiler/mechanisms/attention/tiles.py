@@ -35,13 +35,41 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    @property
-    def slice(self) -> slice:
-        return slice(self.start, self.stop)
 
+class Tile:
+    """Spans of keys that are worked on as one, gathered one behind the other."""
 
-Tile = tuple[Span, ...]
-"""Spans of keys that are worked on as one."""
+    def __init__(self, spans: Sequence[Span]):
+        self.spans = spans
+        self.whole = all(span.whole for span in spans)
+        self.slices: list[slice] = []
+        """the spans, those that touch as one"""
+        for span in spans:
+            if self.slices and self.slices[-1].stop == span.start:
+                self.slices[-1] = slice(self.slices[-1].start, span.stop)
+            else:
+                self.slices.append(slice(span.start, span.stop))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.spans))
+
+    def split(self, tensor: Tensor, axis: int) -> Sequence[Tensor]:
+        """Views of what belongs to each span."""
+        return tensor.split([len(span) for span in self.spans], axis)
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """What a tensor (B, S, …) has in the spans: a view where they touch."""
+        if len(self.slices) == 1:
+            return tensor[:, self.slices[0]]
+        return torch.cat([tensor[:, each] for each in self.slices], 1)
+
+    def scattered(self, into: Tensor, tensor: Tensor) -> None:
+        """Add a tensor (B, s, …), whose rows are those of the spans, to a tensor (B, S, …)."""
+        start = 0
+        for each in self.slices:
+            stop = start + each.stop - each.start
+            into[:, each] += tensor[:, start:stop]
+            start = stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +100,10 @@ class Block:
                 tile.append(Span(start, stop, span.whole))
                 start, room = stop, room - (stop - start)
                 if not room:
-                    yield tuple(tile)
+                    yield Tile(tile)
                     tile, room = [], size
         if tile:
-            yield tuple(tile)
+            yield Tile(tile)
 
 
 def parts(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -240,17 +268,18 @@ class View:
 
         What is not kept from an equal span is made for all spans at once.
         """
-        places = [None if span.whole else self._place(block.rows, span) for span in tile]
+        places = [None if span.whole else self._place(block.rows, span) for span in tile.spans]
         found: list[Tensor | None] = [None if place is None else self.kept.get(place) for place in places]
-        made = [n for n, span in enumerate(tile) if found[n] is None and not span.whole]
+        made = [n for n, span in enumerate(tile.spans) if found[n] is None and not span.whole]
         if made:
-            hidden = self._hidden(block, [tile[n] for n in made])
+            part = Tile([tile.spans[n] for n in made])
+            hidden = self._hidden(block, part)
             # on a CPU an addition is several times faster than a fill of all heads by one mask
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-            for n, part in zip(made, split(bias, [tile[n] for n in made], -1), strict=True):
-                found[n] = part
+            for n, each in zip(made, part.split(bias, -1), strict=True):
+                found[n] = each
                 if (place := places[n]) is not None:
-                    self.kept[place] = part
+                    self.kept[place] = each
         return found
 
     def distances(self, block: Block, tile: Tile, dtype: torch.dtype) -> Tensor:
@@ -283,7 +312,7 @@ class View:
             return None
         return first % size, span.start - first, rows.stop - rows.start, len(span)
 
-    def _hidden(self, block: Block, tile: Sequence[Span]) -> Tensor:
+    def _hidden(self, block: Block, tile: Tile) -> Tensor:
         lengths = self.lengths
         if lengths is not None:
             lengths = (lengths[block.batch] if len(lengths) > 1 else lengths)[:, block.rows, None]
@@ -298,39 +327,8 @@ class View:
         return ~seen[:, None, None]
 
 
-def split(tensor: Tensor, tile: Sequence[Span], axis: int) -> Sequence[Tensor]:
-    """Views of what belongs to each span of a tile."""
-    return tensor.split([len(span) for span in tile], axis)
-
-
-def joined(tile: Sequence[Span]) -> list[slice]:
-    """The spans of a tile as slices, those that touch as one."""
-    found: list[slice] = []
-    for span in tile:
-        if found and found[-1].stop == span.start:
-            found[-1] = slice(found[-1].start, span.stop)
-        else:
-            found.append(span.slice)
-    return found
-
-
-def gathered(tensor: Tensor, tile: Sequence[Span]) -> Tensor:
-    """What a tensor (B, S, …) has in the spans of a tile, one behind the other: a view where they touch."""
-    slices = joined(tile)
-    return tensor[:, slices[0]] if len(slices) == 1 else torch.cat([tensor[:, each] for each in slices], 1)
-
-
-def scattered(into: Tensor, tile: Sequence[Span], tensor: Tensor) -> None:
-    """Add a tensor (B, s, …), whose rows are those of the spans of a tile, to a tensor (B, S, …)."""
-    start = 0
-    for each in joined(tile):
-        stop = start + each.stop - each.start
-        into[:, each] += tensor[:, start:stop]
-        start = stop
-
-
-def _pair(block: Block, tile: Sequence[Span], queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(block: Block, tile: Tile, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """What queries have (B or 1, T) and keys have (B or 1, S), as (b or 1, t, 1) and (b or 1, 1, s)."""
     queries = queries[block.batch] if len(queries) > 1 else queries
     keys = keys[block.batch] if len(keys) > 1 else keys
-    return queries[:, block.rows, None], gathered(keys, tile)[:, None]
+    return queries[:, block.rows, None], tile.gathered(keys)[:, None]

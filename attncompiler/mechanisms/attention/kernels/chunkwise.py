@@ -20,7 +20,7 @@ from attncompiler.blocks.underflow import LOG2_E, exp2_
 from attncompiler.mechanisms.attention import residues, sinks
 from attncompiler.mechanisms.attention.dropout import kept
 from attncompiler.mechanisms.attention.op import AttentionOptions
-from attncompiler.mechanisms.attention.tiles import Block, Tile, View, blocks, gathered, parts, scattered, split
+from attncompiler.mechanisms.attention.tiles import Block, Tile, View, blocks, parts
 from attncompiler.runtime.implementation import Implementation, Tensors
 
 QUERIES = 128
@@ -82,18 +82,19 @@ class Call:
         rows = tensor[block.batch, block.rows].to(self.dtype)
         return rows.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
 
-    def ungrouped(self, tensor: Tensor, block: Block) -> Tensor:
-        """(b·K, g·t, V) as (b, t, H, V)."""
+    def write(self, into: Tensor, tensor: Tensor, block: Block) -> None:
+        """Put (b·K, g·t, V) where a block lies in (B, T, H, V)."""
         by_head = tensor.view(-1, self.kv_heads, self.group, block.length, tensor.shape[-1])
-        return by_head.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        rows = into[block.batch, block.rows].unflatten(2, (self.kv_heads, self.group))
+        rows.copy_(by_head.permute(0, 3, 1, 2, 4))
 
     def gathered(self, tensor: Tensor, block: Block, tile: Tile) -> Tensor:
         """The keys or values of a tile, (B, S, K, D) → (b·K, s, D)."""
-        return gathered(tensor[block.batch], tile).to(self.dtype).transpose(1, 2).flatten(0, 1)
+        return tile.gathered(tensor[block.batch]).to(self.dtype).transpose(1, 2).flatten(0, 1)
 
     def scattered(self, into: Tensor, block: Block, tile: Tile, tensor: Tensor) -> None:
         """Add what a tile's keys or values gain (b·K, s, D) to (B, S, K, D)."""
-        scattered(into[block.batch], tile, tensor.unflatten(0, (-1, self.kv_heads)).transpose(1, 2))
+        tile.scattered(into[block.batch], tensor.unflatten(0, (-1, self.kv_heads)).transpose(1, 2))
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """(b·K, g·t, s) before what is hidden is hidden: in base 2, or the tanh of softcap's argument."""
@@ -104,13 +105,14 @@ class Call:
         """The scores in base 2, −∞ where hidden; overwritten unless there is a softcap, whose tanh is kept."""
         if self.options.softcap is not None:
             scores = scores * (self.options.softcap * LOG2_E)
+        alibi = "alibi_slopes" in self.inputs
+        if tile.whole and not alibi:
+            return scores
         by_head = scores.view(-1, self.kv_heads, self.group, block.length, scores.shape[-1])
-        if "alibi_slopes" in self.inputs:
+        if alibi:
             slopes = self.inputs["alibi_slopes"].to(self.dtype).view(self.kv_heads, -1, 1, 1)
             by_head.addcmul_(self.view.distances(block, tile, self.dtype), slopes, value=-LOG2_E)
-        if all(span.whole for span in tile):
-            return scores
-        for part, bias in zip(split(by_head, tile, -1), self.view.biases(block, tile, self.dtype), strict=True):
+        for part, bias in zip(tile.split(by_head, -1), self.view.biases(block, tile, self.dtype), strict=True):
             if bias is not None:
                 part.add_(bias)
         return scores
@@ -119,7 +121,7 @@ class Call:
         """What dropout multiplies probabilities with, (b·K, g·t, s); None without dropout."""
         if not self.options.dropout:
             return None
-        columns = gathered(self.index[None], tile)[0]
+        columns = tile.gathered(self.index[None])[0]
         batch, rows = self.index[: len(self.q)][block.batch], self.index[block.rows]
         keep = kept(self.inputs["dropout_seed"], self.options.dropout, self.q.shape[2], batch, rows, columns)
         return keep.to(self.dtype).view(-1, self.group * block.length, keep.shape[-1])
@@ -194,7 +196,7 @@ def _forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
         normaliser = total.log2() if largest is None else largest + total.log2()
         lse[block.batch, :, block.rows] = call.by_head(normaliser, block)
         # no sum of a row that sees something is smaller
-        out[block.batch, block.rows] = call.ungrouped(weighted.div_(total.clamp_(min=2**-CALM)), block)
+        call.write(out, weighted.div_(total.clamp_(min=2**-CALM)), block)
     return {"out": out, "lse": lse.div_(LOG2_E)}
 
 
@@ -233,7 +235,7 @@ def _backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attent
                 dscores.addcmul_(dscores * scores, scores, value=-1)
             call.scattered(dk, block, tile, torch.bmm(dscores.mT, queries))
             dqueries.baddbmm_(dscores, keys)
-        dq[block.batch, block.rows] = call.ungrouped(dqueries.mul_(call.scale), block)
+        call.write(dq, dqueries.mul_(call.scale), block)
     return {"q": dq, "k": dk.div_(call.unit).to(call.k.dtype), "v": dv.to(call.v.dtype)}
 
 
