@@ -30,11 +30,11 @@ TILE = 2**22
 
 LOWEST = -1e30
 """A score in base 2 that stands for −∞ where −∞ − (−∞) would be no number; below every score there is."""
-CALM = 40.0
-"""Scores in base 2 within ±40 are exponentiated as they are, without a maximum to subtract: neither their sums nor the
-quotients by them leave the range of fp32 or come near its subnormal numbers."""
-CALM_VALUES = 2.0**40
-"""Values within it: their sums with such weights are finite."""
+LEAST, MOST = 2.0**-30, 2.0**60
+"""Sums of weights whose largest was not divided out, in which nothing has been lost: neither to weights of less than
+2**-100, which count as none, nor to the end of fp32 when values are added up by them."""
+LARGE_VALUES = 2.0**40
+"""Values above it might be lost to that end."""
 
 
 class Call:
@@ -50,23 +50,17 @@ class Call:
         # what queries are multiplied with beside the scale: softcap's argument, or at once the unit of the scores
         self.unit = LOG2_E if options.softcap is None else 1 / options.softcap
         self.view = View.of(inputs, options)
-        self.calm = self._is_calm()
+        self.careful = not self._may_be_bold()
         self.index = torch.arange(max(self.q.shape[:2] + self.k.shape[1:2]), device=self.q.device)
 
-    def _is_calm(self) -> bool:
-        """Whether all scores are known to be within ±`CALM`: by softcap, or by |q·k| ≤ |q||k|.
+    def _may_be_bold(self) -> bool:
+        """Whether blocks are first tried without a maximum: where it is cheap to read whether that went well.
 
-        Reading that bound is cheap on a CPU alone. ALiBi's scores have none from below.
+        Rows that see nothing look as if it had not.
         """
-        if self.q.device.type != "cpu" or "alibi_slopes" in self.inputs:
+        if self.q.device.type != "cpu" or "attention_mask" in self.inputs or "q_positions" in self.inputs:
             return False
-        if "sinks" in self.inputs and float(self.inputs["sinks"].max()) * LOG2_E > CALM:
-            return False
-        if self.options.softcap is not None:
-            bound = self.options.softcap * LOG2_E
-        else:
-            bound = _longest(self.q) * _longest(self.k) * abs(self.scale) * LOG2_E
-        return bound <= CALM and all(abs(float(each)) <= CALM_VALUES for each in self.v.aminmax())
+        return all(abs(float(each)) <= LARGE_VALUES for each in self.v.aminmax())
 
     def blocks(self) -> Iterator[Block]:
         B, T, H, _ = self.q.shape
@@ -117,6 +111,12 @@ class Call:
                 part.add_(bias)
         return scores
 
+    def products(self, weights: Tensor, block: Block, tile: Tile) -> Tensor:
+        """The values of a tile summed by their weights, less those that are dropped: (b·K, g·t, V)."""
+        if (keep := self.kept(block, tile)) is not None:
+            weights.mul_(keep)
+        return torch.bmm(weights, self.gathered(self.v, block, tile))
+
     def kept(self, block: Block, tile: Tile) -> Tensor | None:
         """What dropout multiplies probabilities with, (b·K, g·t, s); None without dropout."""
         if not self.options.dropout:
@@ -135,13 +135,6 @@ class Call:
         if by_head.dim() == 1:
             by_head = by_head[:, None].expand(len(self.q[block.batch]), -1, block.length)
         return by_head.to(self.dtype).reshape(-1, self.group * block.length, 1)
-
-
-def _longest(x: Tensor) -> float:
-    """The largest norm of a vector in x (B, T, H, D), read a part at a time: no copy of x is made."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    squares = [x[:, rows].to(wide).square().sum(-1).max() for rows in parts(0, x.shape[1], KEYS)]
-    return float(torch.stack(squares).max()) ** 0.5
 
 
 def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
@@ -172,39 +165,63 @@ def _forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     out, lse = call.q.new_empty(B, T, H, V), call.q.new_empty(B, H, T, dtype=call.dtype)
     for block in call.blocks():
         queries = call.queries(block)
-        largest: Tensor | None = None
-        total = weighted = None
-        for tile in block.tiles(KEYS):
-            weights = call.biased(call.scores(queries, call.gathered(call.k, block, tile)), block, tile)
-            fading = None
-            if call.calm:
-                weights.exp2_()
-            else:
-                before, largest = largest, weights.amax(-1, keepdim=True)
-                largest = largest if before is None else torch.maximum(largest, before)
-                base = largest.clamp(min=LOWEST)
-                weights = exp2_(weights.sub_(base))
-                fading = None if before is None else (before - base).exp2_()
-            sums = weights.sum(-1, keepdim=True)
-            if (keep := call.kept(block, tile)) is not None:
-                weights.mul_(keep)
-            products = torch.bmm(weights, call.gathered(call.v, block, tile))
-            total, weighted = _more(total, sums, fading), _more(weighted, products, fading)
-        if total is None or weighted is None:
+        sums = None if call.careful else _boldly(call, block, queries)
+        if sums is None:
+            sums = _carefully(call, block, queries)
+        if sums is None:
             out[block.batch, block.rows], lse[block.batch, :, block.rows] = 0, -torch.inf
             continue
-        normaliser = total.log2() if largest is None else largest + total.log2()
+        normaliser, total, weighted = sums
         lse[block.batch, :, block.rows] = call.by_head(normaliser, block)
-        # no sum of a row that sees something is smaller
-        call.write(out, weighted.div_(total.clamp_(min=2**-CALM)), block)
+        call.write(out, weighted.div_(total), block)
     return {"out": out, "lse": lse.div_(LOG2_E)}
 
 
-def _more(sums: Tensor | None, further: Tensor, fading: Tensor | None) -> Tensor:
-    """The sums so far, which fade where the largest score has risen, and those of a further tile."""
-    if sums is None:
-        return further
-    return further.add_(sums) if fading is None else further.addcmul_(sums, fading)
+Sums = tuple[Tensor, Tensor, Tensor]
+"""Of a block: log2 of the sums of 2 to the scores, −∞ for none (b·K, g·t, 1), sums of weights, none of them 0, and of
+values by those weights (b·K, g·t, V)."""
+
+
+def _boldly(call: Call, block: Block, queries: Tensor) -> Sums | None:
+    """With 2 to the scores as weights: two passes less. None where that lost anything, and none is tried again then."""
+    total: Tensor | None = None
+    weighted: Tensor | None = None
+    for tile in block.tiles(KEYS):
+        weights = exp2_(call.biased(call.scores(queries, call.gathered(call.k, block, tile)), block, tile))
+        sums = weights.sum(-1, keepdim=True)
+        products = call.products(weights, block, tile)
+        total = sums if total is None else total.add_(sums)
+        weighted = products if weighted is None else weighted.add_(products)
+    if total is not None and weighted is not None:
+        low, high = total.aminmax()
+        if float(low) >= LEAST and float(high) <= MOST:
+            return total.log2(), total, weighted
+    call.careful = True
+    return None
+
+
+def _carefully(call: Call, block: Block, queries: Tensor) -> Sums | None:
+    """With 2 to the scores less the largest so far. None where there are no keys."""
+    largest: Tensor | None = None
+    total = weighted = queries.new_zeros(())
+    for tile in block.tiles(KEYS):
+        scores = call.biased(call.scores(queries, call.gathered(call.k, block, tile)), block, tile)
+        before, largest = largest, scores.amax(-1, keepdim=True)
+        if before is not None:
+            largest = torch.maximum(largest, before)
+        base = largest.clamp(min=LOWEST)
+        weights = exp2_(scores.sub_(base))
+        sums = weights.sum(-1, keepdim=True)
+        products = call.products(weights, block, tile)
+        if before is not None:
+            fading = (before - base).exp2_()
+            sums.addcmul_(total, fading)
+            products.addcmul_(weighted, fading)
+        total, weighted = sums, products
+    if largest is None:
+        return None
+    # the largest weight of a row that sees something is 1
+    return largest + total.log2(), total.clamp_(min=1), weighted
 
 
 def _backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
@@ -222,8 +239,7 @@ def _backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attent
         for tile in block.tiles(KEYS):
             keys, values = call.gathered(call.k, block, tile), call.gathered(call.v, block, tile)
             scores = call.scores(queries, keys)
-            exponents = call.biased(scores, block, tile).sub_(lse)
-            weights = exponents.exp2_() if call.calm else exp2_(exponents)
+            weights = exp2_(call.biased(scores, block, tile).sub_(lse))
             dscores = torch.bmm(dweighted, values.mT)
             if (keep := call.kept(block, tile)) is None:
                 call.scattered(dv, block, tile, torch.bmm(weights.mT, dweighted))
