@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -140,6 +139,8 @@ class CompiledModel(Emitted):
     """
 
     layers: nn.ModuleDict
+    _empty: dict[str, Any] | None = None
+    """an empty state, as long as the last one that was given"""
 
     def __init__(
         self,
@@ -245,7 +246,7 @@ class CompiledModel(Emitted):
         is another model's.
         """
         self._refuse_step()
-        if not torch.compiler.is_compiling() and not _fits(state, self._own_state):
+        if not torch.compiler.is_compiling() and not self._owns(state):
             message = "the state is not one of this model's: its layers or their sizes differ"
             raise fail(
                 InputError, "E401", message, remedy="take the state from this model's init_state or its last step"
@@ -253,9 +254,14 @@ class CompiledModel(Emitted):
         generated: Callable[..., tuple[Tensor, dict[str, Any]]] = type(self)._generated_step  # type: ignore[attr-defined]
         return generated(self, input_ids, state, attention_mask)
 
-    @cached_property
-    def _own_state(self) -> dict[str, Any]:
-        return self.init_state(1, 1, device="meta", dtype=torch.float32)
+    def _owns(self, state: Any) -> bool:
+        """Whether a state is one of this model's: its layers' names and sizes are those of an empty one as long."""
+        length = state.get("max_length") if isinstance(state, Mapping) else None
+        if not isinstance(length, int) or length < 1:
+            return False
+        if self._empty is None or self._empty["max_length"] != length:
+            self._empty = self.init_state(1, length, device="meta", dtype=torch.float32)
+        return _fits(state, self._empty)
 
     def _refuse_step(self) -> None:
         if "step" in self.graphs:
@@ -265,20 +271,13 @@ class CompiledModel(Emitted):
 
 
 def _fits(state: Any, empty: Any) -> bool:
-    """Whether a state is of the model whose empty state is given: in names and sizes, batch and cache aside."""
+    """Whether a state has the names and sizes of an empty one, its batch aside; a tensor may come in where none was."""
+    if isinstance(empty, Tensor):
+        return isinstance(state, Tensor) and state.dim() == empty.dim() and state.shape[1:] == empty.shape[1:]
     if isinstance(empty, Mapping):
-        return (
-            isinstance(state, Mapping)
-            and state.keys() == empty.keys()
-            and all(_fits(state[name], part) for name, part in empty.items())
-        )
-    if not isinstance(empty, Tensor):
-        return not isinstance(state, (Mapping, Tensor))
-    return (
-        isinstance(state, Tensor)
-        and state.dim() == empty.dim()
-        and all(size == own or own == 0 for size, own in zip(state.shape[1:], empty.shape[1:], strict=True))
-    )
+        same = isinstance(state, Mapping) and state.keys() == empty.keys()
+        return same and all(_fits(state[name], part) for name, part in empty.items())
+    return isinstance(state, Tensor) or state is None if empty is None else isinstance(state, int)
 
 
 def _mixer(layer: nn.Module) -> Any:

@@ -227,7 +227,7 @@ class Cost:
     workspace_bytes: int = 0
     """the largest transient beside that, in either direction"""
     state_bytes: int = 0
-    """decode state for B sequences at position T"""
+    """decode state for B sequences of up to T tokens"""
 
     def __add__(self, other: Cost) -> Cost:
         sums = {name: getattr(self, name) + getattr(other, name) for name in self.__slots__}

@@ -90,7 +90,7 @@ class ModelCost:
     """the same with every layer's activations made again in the backward"""
     time: Time
     state_bytes: int
-    """decode state of B sequences at position T; 0 for a model that cannot decode"""
+    """decode state of B sequences of up to T tokens; 0 for a model that cannot decode"""
 
     @property
     def layers(self) -> tuple[Part, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from attncompiler.blocks import cost as blocks
 from attncompiler.mechanisms.attention.mechanism import AttentionPolicy
 from attncompiler.mechanisms.attention.pairs import visible_pairs
+from attncompiler.mechanisms.attention.pattern import retained
 from attncompiler.mechanisms.base import Cost, MixerSize
 
 FP32 = 4
@@ -60,7 +61,8 @@ def cost(policy: AttentionPolicy, size: MixerSize) -> Cost:
         kind = "rmsnorm" if policy.qk_norm == "rms" else "l2"
         queries = blocks.norm(kind, n * H, D, itemsize)
         total = total + queries + blocks.norm(kind, n * K, D, itemsize)
-    return total + Cost(state_bytes=n * K * (D + V) * itemsize + n * (1 + 8))
+    slots = retained(policy.pattern).slots(size.seq_len)
+    return total + Cost(state_bytes=size.batch * slots * K * (D + V) * itemsize)
 
 
 def _kernel_workspace(policy: AttentionPolicy, size: MixerSize) -> int:

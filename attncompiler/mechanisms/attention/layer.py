@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,11 @@ from attncompiler.blocks.norm import L2Norm, RMSNorm
 from attncompiler.blocks.rotary import Rotary
 from attncompiler.mechanisms.attention.mechanism import AttentionPolicy
 from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, check, new_seed
-from attncompiler.mechanisms.attention.state import extend, init_state
+from attncompiler.mechanisms.attention.pattern import retained
+from attncompiler.mechanisms.attention.state import State, extend, init_state, moved
 from attncompiler.runtime.context import MixerContext
 from attncompiler.runtime.operator import options_text
 from attncompiler.runtime.site import Site
-
-State = dict[str, Tensor]
 
 
 class AttentionSite(Site):
@@ -27,6 +27,7 @@ class AttentionSite(Site):
         self, mechanism: str, chain: Iterable[str], options: AttentionOptions, *, label: str, on_failure: str = "next"
     ):
         super().__init__(mechanism, chain, options, label=label, on_failure=on_failure)
+        self.retention = retained(options.pattern)
         self.dropout = options.dropout
         self.options_in_evaluation = options_text(options.model_copy(update={"dropout": 0.0}))
 
@@ -35,7 +36,6 @@ class AttentionSite(Site):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         state: State | None = None,
@@ -48,31 +48,16 @@ class AttentionSite(Site):
         """
         scores = {"sinks": sinks, "alibi_slopes": alibi_slopes}
         if state is None:
-            return self._run(check(q, k, v, segment_ids, None, attention_mask, **scores)), None
-        assert position_ids is not None
-        positions = position_ids.expand(q.shape[0], -1)
-        first = state["k"].shape[1] == 0
-        state = extend(state, k, v, positions, attention_mask)
-        if first:
-            return self._run(check(q, k, v, attention_mask=attention_mask, **scores)), state
-        return self._run(
-            check(
-                q,
-                state["k"],
-                state["v"],
-                attention_mask=state["mask"],
-                q_positions=positions.contiguous(),
-                kv_positions=state["positions"],
-                **scores,
-            )
-        ), state
+            return self._run(q=q, k=k, v=v, segment_ids=segment_ids, attention_mask=attention_mask, **scores), None
+        q, reading, state, place = extend(self.retention, state, q, k, v, attention_mask, scores)
+        out = self._run(q=q, **reading, **scores)
+        return out if place is None else moved(out, place), state
 
-    def _run(self, tensors: dict[str, Tensor | None]) -> Tensor:
-        if not (self.training and self.dropout):
-            return OPERATOR(tensors, self.options_in_evaluation, self.handle)["out"]
-        q = tensors["q"]
-        assert q is not None
-        return OPERATOR(tensors | {"dropout_seed": new_seed(q.device)}, self.options, self.handle)["out"]
+    def _run(self, **inputs: Any) -> Tensor:
+        tensors, options = check(**inputs), self.options_in_evaluation
+        if self.training and self.dropout:
+            tensors["dropout_seed"], options = new_seed(inputs["q"].device), self.options
+        return OPERATOR(tensors, options, self.handle)["out"]
 
 
 class Attention(nn.Module):
@@ -131,7 +116,7 @@ class Attention(nn.Module):
         if self.rotary is not None:
             q, k = self.rotary(q, k, position_ids, state)
         slopes = None if self.alibi is None else self.alibi(q)
-        out, state = self.site(q, k, v, position_ids, segment_ids, attention_mask, state, self.sinks, slopes)
+        out, state = self.site(q, k, v, segment_ids, attention_mask, state, self.sinks, slopes)
         return self.o_proj(out.flatten(-2)), state
 
     def initial_value(self, name: str, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ i and j are positions inside one segment, counted from its first real token. The
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -89,3 +90,41 @@ class Chunked(StrictModel):
 Pattern = Annotated[
     Full | Causal | SlidingWindow | Strided | LocalGlobal | Random | Chunked, Field(discriminator="kind")
 ]
+
+
+# --- what decoding keeps --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which keys a decode state must hold: the `first` of a sequence, and the `recent` ones (None: all).
+
+    Beside the first ones a query at position p sees none before `start(p)`: `recent` positions are counted back from
+    the end of p's own block of `block_size`, so they are p and those before it where blocks are single tokens.
+    """
+
+    first: int = 0
+    recent: int | None = None
+    block_size: int = 1
+
+    def start(self, position: int) -> int:
+        """The first position among the recent ones of a query at `position`."""
+        if self.recent is None:
+            return 0
+        return max(0, (position // self.block_size + 1) * self.block_size - self.recent)
+
+    def slots(self, max_length: int) -> int:
+        """How many keys of a sequence of up to `max_length` tokens are held at most."""
+        return max_length if self.recent is None else min(max_length, self.first + self.recent)
+
+
+def retained(pattern: Pattern) -> Retention:
+    """What later queries may still see under a causal pattern: all keys, where any may come into sight again."""
+    match pattern:
+        case SlidingWindow(window=W, global_tokens=G, causal=True):
+            return Retention(G, W)
+        case LocalGlobal(block_size=b, local_blocks=L, global_blocks=g, causal=True):
+            return Retention(g * b, L * b, b)
+        case Chunked(chunk=C):
+            return Retention(0, C, C)
+    return Retention()
