@@ -17,6 +17,7 @@ _HOMES = {
     "load": "attncompiler.pipeline",
     "plan": "attncompiler.pipeline",
     "save": "attncompiler.pipeline",
+    "generate": "attncompiler.generation",
     "param_groups": "attncompiler.emit.weights",
     "AttnCompilerError": "attncompiler.errors",
     "Diagnostic": "attncompiler.errors",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from attncompiler.emit.weights import param_groups as param_groups
     from attncompiler.errors import AttnCompilerError as AttnCompilerError
     from attncompiler.errors import Diagnostic as Diagnostic
+    from attncompiler.generation import generate as generate
     from attncompiler.pipeline import build as build
     from attncompiler.pipeline import check as check
     from attncompiler.pipeline import explain as explain

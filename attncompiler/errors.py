@@ -45,6 +45,7 @@ CATALOGUE: dict[str, str] = {
     "E304": "trained weights would be overwritten",
     "E305": "the artifact is locked to other hardware",
     "E306": "the weights do not fit the spec",
+    "E307": "the artifact holds no weights",
     # 4: operator inputs
     "E401": "shapes do not fit",
     "E402": "dtypes do not fit",

@@ -132,22 +132,27 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     locked: bool = False,
+    initialise: bool = True,
 ) -> CompiledModel:
     """The model of an artifact, planned again for the machine at hand. Executes nothing that the folder holds.
 
-    With `locked` a plan that differs from the saved one is an error (E305) instead. Raises ArtifactError (E3xx) for
+    With `locked` a plan that differs from the saved one is an error (E305) instead. The weights of an artifact without
+    any are drawn from its seed, or with `initialise=False` that is an error (E307). Raises ArtifactError (E3xx) for
     what is damaged, missing or of another version, SpecError (E014) for a dtype that parameters cannot have.
     """
     from attncompiler import artifact
 
-    return artifact.undisturbed(Path(path), lambda stored: _load(stored, device, dtype, locked))
+    return artifact.undisturbed(Path(path), lambda stored: _load(stored, device, dtype, locked, initialise))
 
 
 def _load(
-    stored: Artifact, device: str | torch.device | None, dtype: torch.dtype | None, locked: bool
+    stored: Artifact, device: str | torch.device | None, dtype: torch.dtype | None, locked: bool, initialise: bool
 ) -> CompiledModel:
     from attncompiler.emit import emit
 
+    if not (stored.has_weights or initialise):
+        remedy = "load it, train it and save it, or build it on a device"
+        raise fail(ArtifactError, "E307", f"{stored.path} holds no weights", remedy=remedy)
     spec = _in_dtype(stored.spec, dtype or stored.dtype)
     device = _device(device, None)
     planned = _plan_here(spec, device, None).require(spec)
