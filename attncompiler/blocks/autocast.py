@@ -30,4 +30,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def no_autocast(device: str) -> AbstractContextManager[object]:
     """A block in which nothing is cast, so that fp32 accumulators stay fp32."""
-    return torch.autocast(device, enabled=False) if device in DEVICES else nullcontext()
+    if device not in DEVICES or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attncompiler.blocks.inference import differentiable
 from attncompiler.blocks.positions import sequence_lengths
 from attncompiler.mechanisms.rope import BETA_FAST, BETA_SLOW, RopeParameters, rotary_width
 
@@ -55,9 +56,9 @@ class Rotary(nn.Module):
             cos, sin = cos * self.factor, sin * self.factor
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         if self.width == q.shape[-1]:
-            return _Turn.apply(q, k, cos, sin, self.rope.interleaved)
+            return differentiable(_Turn, q, k, cos, sin, self.rope.interleaved)
         q, k, q_rest, k_rest = (x[..., part] for part in (slice(self.width), slice(self.width, None)) for x in (q, k))
-        q, k = _Turn.apply(q, k, cos, sin, self.rope.interleaved)
+        q, k = differentiable(_Turn, q, k, cos, sin, self.rope.interleaved)
         return torch.cat([q, q_rest], -1), torch.cat([k, k_rest], -1)
 
     def init_state(self, batch: int, max_length: int, device: torch.device) -> dict[str, Tensor]:

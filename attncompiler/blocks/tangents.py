@@ -13,7 +13,7 @@ from attncompiler.errors import InputError, fail
 
 def refuse_tangents(operator: str, tensors: Iterable[Tensor]) -> None:
     """Raises InputError (E403) when one of the tensors carries a tangent (`torch.func.jvp`, `forward_ad`)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         message = f"{operator} has no forward-mode derivative"

@@ -166,3 +166,25 @@ def test_the_handle_stays_on_the_cpu_and_out_of_the_state_dict() -> None:
     assert one.handle.device.type == "cpu"
     assert one.to(torch.float64).handle.dtype == torch.int64
     assert not one.state_dict()
+
+
+def test_who_looks_on_sees_the_operator_and_who_does_not_gets_the_same() -> None:
+    """Without gradients a call goes past torch's dispatcher, unless a mode, a transform or a profiler watches it."""
+    from torch.profiler import profile
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one, inputs_ = site("chunkwise", "eager"), [tensor.detach() for tensor in qkv()]
+    seen = one(*qkv())[0].detach()
+    with profile() as plain, torch.no_grad():
+        assert torch.equal(one(*inputs_)[0], seen)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert torch.equal(one(*inputs_)[0], seen)
+    with torch.no_grad():
+        assert torch.equal(one(*inputs_)[0], seen)
+        with pytest.raises(RuntimeError, match="Batching rule not implemented for attncompiler::attention"):
+            torch.vmap(lambda q: one(q, *inputs_[1:])[0])(inputs_[0][None])
+    assert "attncompiler::attention" in {event.key for event in plain.key_averages()}
+    assert counter.get_total_flops() > 0
+    assert one.record.calls == {("chunkwise", "forward"): 4}
+    with torch.no_grad():
+        assert one(*(tensor.to("meta") for tensor in inputs_))[0].device.type == "meta"

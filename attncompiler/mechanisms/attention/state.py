@@ -119,7 +119,8 @@ class _Cache:
 
     def read(self, like: Tensor, start: int, stop: int) -> Reading:
         """Keys and values of a range of slots, in the dtype of the new ones."""
-        return {"k": self.k[:, start:stop].to(like.dtype), "v": self.v[:, start:stop].to(like.dtype)}
+        k, v = self.k.narrow(1, start, stop - start), self.v.narrow(1, start, stop - start)
+        return {"k": k, "v": v} if k.dtype == like.dtype else {"k": k.to(like.dtype), "v": v.to(like.dtype)}
 
     def slot(self, position: int) -> int:
         first = self.retention.first
@@ -147,10 +148,10 @@ class _Cache:
         self.k, self.v = self._written(self.k, start, k), self._written(self.v, start, v)
 
     def _written(self, slots: Tensor, start: int, new: Tensor) -> Tensor:
-        stop = start + new.shape[1]
+        length = new.shape[1]
         if not self.writable:
-            return slots.slice_scatter(new.to(slots.dtype), 1, start, stop)
-        slots[:, start:stop].copy_(new)
+            return slots.slice_scatter(new.to(slots.dtype), 1, start, start + length)
+        slots.narrow(1, start, length).copy_(new)
         return slots
 
 

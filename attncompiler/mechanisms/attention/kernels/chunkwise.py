@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attncompiler.blocks.underflow import LOG2_E, exp2_
-from attncompiler.mechanisms.attention import residues, sinks
+from attncompiler.mechanisms.attention import one_query, residues, sinks
 from attncompiler.mechanisms.attention.dropout import kept
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.tiles import Block, Tile, View, blocks, parts
@@ -139,7 +139,9 @@ class Call:
 
 def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     """q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) → out (B, T, H, V), lse (B, H, T)."""
-    if residues.splits(inputs, options):
+    if one_query.serves(inputs, options):
+        results = one_query.forward(inputs, options)
+    elif residues.splits(inputs, options):
         results = residues.forward(_forward, inputs, options)
     else:
         results = _forward(inputs, options)
