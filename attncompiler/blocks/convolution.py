@@ -73,7 +73,8 @@ class CausalConv1d(nn.Module):
         if runs is not None:
             ended = runs[:, x.shape[1] :]
             last = last.masked_fill((ended != ended[:, -1:])[..., None], 0)
-        return y, last.transpose(1, 2).to(state.dtype, memory_format=torch.contiguous_format)
+        # in memory of its own: a view would hold all tokens of the step
+        return y, last.transpose(1, 2).to(state.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def initial_value(self, name: str, generator: torch.Generator) -> Tensor:
         """Uniform within ±1/√W, torch's own scheme for a depthwise convolution."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from tiny import ENCODERS, MIXERS, gradients, model, tokens
+from torch import Tensor
 
 from attncompiler.errors import InputError
+from attncompiler.mechanisms.base import discover
 
 HYBRID = tuple(MIXERS.values())
 ALL = {**{name: (policy,) for name, policy in MIXERS.items()}, "hybrid": HYBRID}
@@ -50,6 +55,90 @@ def test_prompts_of_unequal_length_decode_as_alone(kind: str, side: str) -> None
     alone = built(torch.cat([prompt[1:, :short], rest[1:]], 1))[:, short:]
     torch.testing.assert_close(torch.cat(found, 1)[1:], alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat(found, 1)[:1], built(x[:1])[:, 8:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_tokens_that_come_at_different_steps_are_as_alone(kind: str) -> None:
+    """Each step has padding of its own, in the middle too, and some of one token that is padding."""
+    built = model(*ALL[kind], layers=1)
+    x = tokens(2, 12)
+    real = torch.rand(2, 24, generator=torch.Generator().manual_seed(4)).argsort(1).argsort(1) < 12
+    spread = torch.full((2, 24), 5).masked_scatter(real, x)
+    state, found = built.init_state(2, 24), []
+    for piece, mask in zip(
+        spread.split([7, 1, 1, 1, 6, 1, 1, 6], 1), real.split([7, 1, 1, 1, 6, 1, 1, 6], 1), strict=True
+    ):
+        logits, state = built.step(piece, state, mask)
+        found.append(logits)
+    logits = torch.cat(found, 1)[real].view(2, 12, -1)
+    torch.testing.assert_close(logits, built(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_gradients_through_steps_are_those_of_the_forward(kind: str) -> None:
+    built = model(*ALL[kind], layers=1)
+    x, y = tokens(2, 12), tokens(2, 12, seed=1)
+    F.cross_entropy(built(x).flatten(0, 1), y.flatten()).backward()
+    expected = gradients(built)
+    state, found = built.init_state(2, 16), []
+    for piece in x.split([5, 1, 1, 5], 1):
+        logits, state = built.step(piece, state)
+        found.append(logits)
+    F.cross_entropy(torch.cat(found, 1).flatten(0, 1), y.flatten()).backward()
+    torch.testing.assert_close(gradients(built), expected, rtol=1e-4, atol=1e-6)
+
+
+def state_bytes(state: dict[str, Any]) -> int:
+    """All memory that the layers' states hold on to."""
+    parts = [part for layer in state["layers"].values() for part in layer.values() if isinstance(part, Tensor)]
+    return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
+
+
+HELD = {"attention": None, "strided": None, "random": None, "window": 7, "local_global": 6, "chunked": 6}
+"""keys held at most, where any are: None where every key may be seen again"""
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_state_is_as_large_as_what_may_be_seen_again(kind: str) -> None:
+    """From the first token to the last, and whatever the length it was made for."""
+    built = model(MIXERS[kind], layers=1)
+    sizes = {}
+    with torch.no_grad():
+        for length in (48, 480):
+            state = built.init_state(1, length)
+            sizes[length] = state_bytes(state)
+            for piece in tokens(1, 40).split([13, *[1] * 20, 7], 1):
+                _, state = built.step(piece, state)
+                assert state_bytes(state) == sizes[length]
+    if kind not in HELD:
+        assert sizes[48] == sizes[480]
+        return
+    policy = built.spec.policies["p0"]
+    width = policy.kv_heads * (policy.key_width(32) + policy.value_width(32))
+    for length, size in sizes.items():
+        assert size == 4 * width * (HELD[kind] or length)
+
+
+def test_every_mechanism_that_can_decode_is_among_these() -> None:
+    policies = [model(policy, layers=1).spec.policies["p0"] for policy in MIXERS.values()]
+    kinds = {policy.kind for policy in policies if discover()[policy.kind].causal(policy)}
+    assert kinds == discover().keys() - {"linformer"}
+
+
+def test_a_compiled_step_is_not_compiled_at_every_step() -> None:
+    """A few times at first, while what changes from step to step is found out, and then never again."""
+    built = model(MIXERS["attention"], MIXERS["window"], MIXERS["mamba2"], layers=1)
+    x, compiles = tokens(1, 40), []
+    step = torch.compile(built.step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        _, state = built.step(x[:, :10], built.init_state(1, 40))
+        for token in x[:, 10:].split(1, 1):
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            logits, state = step(token, state)
+            compiles.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+        torch.testing.assert_close(logits[:, 0], built(x)[:, -1], rtol=1e-4, atol=1e-5)
+    assert sum(compiles[:10]) <= 3
+    assert not any(compiles[10:])
 
 
 @pytest.mark.parametrize("kind", ALL)
