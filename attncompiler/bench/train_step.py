@@ -123,7 +123,12 @@ def peer_model(name: str, transformers: Any) -> Any:
     }
     if name == "llama":
         config = transformers.LlamaConfig(
-            **common, intermediate_size=704, num_attention_heads=8, head_dim=32, attn_implementation="sdpa"
+            **common,
+            intermediate_size=704,
+            num_attention_heads=8,
+            head_dim=32,
+            rms_norm_eps=1e-5,
+            attn_implementation="sdpa",
         )
         return transformers.LlamaForCausalLM(config).train()
     if name == "mamba2":

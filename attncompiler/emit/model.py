@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -253,6 +254,11 @@ class CompiledModel(Emitted):
             )
         generated: Callable[..., tuple[Tensor, dict[str, Any]]] = type(self)._generated_step  # type: ignore[attr-defined]
         return generated(self, input_ids, state, attention_mask)
+
+    @cached_property
+    def compiled_step(self) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+        """`step` through torch.compile, as one graph; what it has compiled is kept with the model."""
+        return torch.compile(self.step, fullgraph=True)
 
     def _owns(self, state: Any) -> bool:
         """Whether a state is one of this model's: its layers' names and sizes are those of an empty one as long."""
