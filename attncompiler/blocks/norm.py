@@ -16,6 +16,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Keeps x and one number a row for its backward, and takes half the passes over memory that autograd would.
     """
+    if not torch.is_grad_enabled() and x.dtype == weight.dtype == torch.promote_types(x.dtype, torch.float32):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)  # as fast on many rows, and with less around it on few
     normed: Tensor = differentiable(_RMSNorm, x, weight, eps)
     return normed
 

@@ -35,6 +35,7 @@ class Rotary(nn.Module):
         self.rope = rope
         self.original = rope.original_max_position_embeddings or max_position_embeddings
         self.factor = attention_factor(rope)
+        self.angles = f"{self.width} of {self.original}, {rope.model_dump_json()}"  # equal where all angles are
 
     def forward(
         self, q: Tensor, k: Tensor, position_ids: Tensor | None = None, state: Mapping[str, Tensor] | None = None
@@ -45,21 +46,43 @@ class Rotary(nn.Module):
         """
         if position_ids is None:
             position_ids = torch.arange(q.shape[1], device=q.device)[None]
-        angles = (
-            self._turns(position_ids, state)
-            .frac_()
-            .mul_(math.tau)
-            .to(torch.promote_types(q.dtype, torch.float32))[:, :, None]
-        )
-        cos, sin = angles.cos(), angles.sin()
-        if self.factor != 1:
-            cos, sin = cos * self.factor, sin * self.factor
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        cos, sin = self._cos_sin(position_ids, q.dtype, state)
         if self.width == q.shape[-1]:
             return differentiable(_Turn, q, k, cos, sin, self.rope.interleaved)
         q, k, q_rest, k_rest = (x[..., part] for part in (slice(self.width), slice(self.width, None)) for x in (q, k))
         q, k = differentiable(_Turn, q, k, cos, sin, self.rope.interleaved)
         return torch.cat([q, q_rest], -1), torch.cat([k, k_rest], -1)
+
+    def _cos_sin(
+        self, position_ids: Tensor, dtype: torch.dtype, state: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of every signed angle, (B or 1, T, 1, width) in `dtype`.
+
+        Where gradients are off they stay with the positions they are of: each layer of a step asks for the same.
+        """
+        alone = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.rope.rope_type == "dynamic"
+        if alone or position_ids.is_inference():
+            return self._made_cos_sin(position_ids, dtype, state)
+        key = self.angles, dtype, position_ids._version
+        kept = vars(position_ids).setdefault("_cos_sin", {})
+        if key not in kept:
+            kept[key] = self._made_cos_sin(position_ids, dtype, state)
+        found: tuple[Tensor, Tensor] = kept[key]
+        return found
+
+    def _made_cos_sin(
+        self, position_ids: Tensor, dtype: torch.dtype, state: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        angles = (
+            self._turns(position_ids, state)
+            .frac_()
+            .mul_(math.tau)
+            .to(torch.promote_types(dtype, torch.float32))[:, :, None]
+        )
+        cos, sin = angles.cos(), angles.sin()
+        if self.factor != 1:
+            cos, sin = cos * self.factor, sin * self.factor
+        return cos.to(dtype), sin.to(dtype)
 
     def init_state(self, batch: int, max_length: int, device: torch.device) -> dict[str, Tensor]:
         """What the mixer's decode state must hold for B sequences of up to `max_length` tokens: for `dynamic` alone
