@@ -95,6 +95,16 @@ def test_what_has_ended_gives_padding_and_all_stop_when_the_last_has(
     assert found[:, 1:].tolist() == [script[0].tolist(), [5, 6, 7, 8, *[3] * 6]]
 
 
+def test_compiled_steps_say_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    import functools
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    built = sharp(*ALL["hybrid"])
+    expected = attncompiler.generate(built, tokens(2, 6), max_new_tokens=8)
+    assert torch.equal(attncompiler.generate(built, tokens(2, 6), max_new_tokens=8, compiled=True), expected)
+    assert "compiled_step" in vars(built)
+
+
 def test_every_step_is_told() -> None:
     built, told = sharp(MIXERS["attention"]), []
     found = attncompiler.generate(built, tokens(2, 4), max_new_tokens=5, on_tokens=told.append)

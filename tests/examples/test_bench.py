@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from attncompiler.bench import linear, measure, report, scaling, sparse, startup, train_step
+from attncompiler.bench import decode, linear, measure, report, scaling, sparse, startup, train_step
 from attncompiler.errors import UsageError
 
 times = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=9)
@@ -123,6 +123,22 @@ def test_both_sides_of_linear_compute_the_same_function(monkeypatch: pytest.Monk
     torch.testing.assert_close(seen[0], seen[1])
 
 
+def test_decode_at_a_tiny_size() -> None:
+    """Far against near; against HF it also checks that both sides say the same tokens."""
+    arguments = ("--new-tokens", "4", "--repeats", "2", "--position", "3", "--position", "9")
+    shown = invoke(decode.main, "--only", "positions", *arguments)
+    near, far = shown["rows"]
+    assert (near["position"], far["position"]) == (3, 9)
+    assert far["of that at 3"] == pytest.approx(near["a token, ms"]["median"] / far["a token, ms"]["median"])
+
+
+def test_decode_against_its_peer_at_a_tiny_size() -> None:
+    pytest.importorskip("transformers", reason="needs the extra `hf`")
+    shown = invoke(decode.main, "--only", "peer", "--prompt", "5", "--new-tokens", "6", "--repeats", "1")
+    (row,) = shown["rows"]
+    assert row["times faster"] == row["peer, ms"]["median"] / row["ours, ms"]["median"]
+
+
 @pytest.mark.parametrize("mixer", sorted(scaling.MIXERS))
 def test_scaling_at_a_tiny_size(mixer: str) -> None:
     shown = invoke(scaling.main, "--mixers", mixer, "--lengths", "32", "--lengths", "64", "--repeats", "1")
@@ -172,5 +188,7 @@ def test_text_and_json_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_benchmarks_import_without_their_peers() -> None:
-    code = "import sys, attncompiler.bench.train_step; sys.exit('transformers' in sys.modules)"
+    code = (
+        "import sys, attncompiler.bench.train_step, attncompiler.bench.decode; sys.exit('transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
