@@ -133,10 +133,17 @@ def test_what_a_call_asks_and_a_kernel_cannot_do_is_refused_and_recorded() -> No
     assert "mask_bytes = 70560000" in reason.reason
 
 
-def test_an_argument_no_kernel_offers_is_an_error_and_is_never_ignored() -> None:
+def test_an_argument_no_kernel_offers_is_an_error_and_is_never_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    mechanism, expected = base.discover()["attention"], attention(*qkv(), kernel="eager")
+    plain = base.Kernel(
+        "plain", mechanism.kernels[-1].entry, base.Needs(features={"pattern": base.ANY}), "no option at all"
+    )
+    offering = replace(mechanism, kernels=(plain,), names=("plain",))
+    monkeypatch.setitem(base.discover(), "attention", offering)  # type: ignore[arg-type]
+    assert torch.equal(attention(*qkv(), kernel="plain"), expected)
     for argument in ({"softcap": 3.0}, {"dropout": 0.5}, {"sinks": torch.zeros(2)}, {"alibi_slopes": torch.ones(2)}):
         with pytest.raises(KernelError, match=f"does not offer {next(iter(argument)).partition('_')[0]}"):
-            attention(*qkv(), **argument)
+            attention(*qkv(), **argument, kernel="plain")
 
 
 def test_handles_are_found_while_their_site_lives_and_belong_to_it_alone() -> None:

@@ -61,6 +61,8 @@ def cost(policy: AttentionPolicy, size: MixerSize) -> Cost:
         kind = "rmsnorm" if policy.qk_norm == "rms" else "l2"
         queries = blocks.norm(kind, n * H, D, itemsize)
         total = total + queries + blocks.norm(kind, n * K, D, itemsize)
+    if policy.sinks:
+        total = total + Cost(parameters=H)
     slots = retained(policy.pattern).slots(size.seq_len)
     return total + Cost(state_bytes=size.batch * slots * K * (D + V) * itemsize)
 
