@@ -256,7 +256,7 @@ def test_dynamic_frequencies_are_transformers_at_every_length(drawn: tuple[RopeP
 @pytest.mark.parametrize("rope_type", FAMILY)
 def test_cosines_are_as_exact_at_a_million_as_at_the_start_and_never_less_than_transformers(rope_type: str) -> None:
     """In fp32, against the truth: transformers rounds an angle of a million radians to a sixteenth of one."""
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", minversion="5.24")
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rotary, D = made(64, rope_type), 64

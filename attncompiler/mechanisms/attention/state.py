@@ -185,7 +185,7 @@ def _one_query(cache: _Cache, like: Tensor, distances: bool) -> Reading:
     retention, position, B = cache.retention, cache.seen, like.shape[0]
     if retention.block_size == retention.recent and not distances and position >= retention.first:
         return cache.read(like, 0, retention.first + position % retention.block_size + 1)
-    stop = torch.sym_min(position + 1, cache.slots)
+    stop = min(position + 1, cache.slots)
     reading = cache.read(like, 0, stop)
     if retention.block_size == 1 and not distances:
         return reading
