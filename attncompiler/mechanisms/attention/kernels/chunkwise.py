@@ -74,17 +74,18 @@ class Call:
     def grouped(self, tensor: Tensor, block: Block) -> Tensor:
         """A block of (B, T, H, D) as (b·K, g·t, D)."""
         rows = tensor[block.batch, block.rows].to(self.dtype)
-        return rows.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
+        by_head = rows.reshape(-1, block.length, self.kv_heads, self.group, rows.shape[-1]).permute(0, 2, 3, 1, 4)
+        return by_head.reshape(-1, self.group * block.length, rows.shape[-1])
 
     def write(self, into: Tensor, tensor: Tensor, block: Block) -> None:
         """Put (b·K, g·t, V) where a block lies in (B, T, H, V)."""
-        by_head = tensor.view(-1, self.kv_heads, self.group, block.length, tensor.shape[-1])
-        rows = into[block.batch, block.rows].unflatten(2, (self.kv_heads, self.group))
-        rows.copy_(by_head.permute(0, 3, 1, 2, 4))
+        by_head = tensor.view(-1, self.kv_heads * self.group, block.length, tensor.shape[-1])
+        into[block.batch, block.rows] = by_head.transpose(1, 2)
 
     def gathered(self, tensor: Tensor, block: Block, tile: Tile) -> Tensor:
         """The keys or values of a tile, (B, S, K, D) → (b·K, s, D)."""
-        return tile.gathered(tensor[block.batch]).to(self.dtype).transpose(1, 2).flatten(0, 1)
+        rows = tensor if len(tensor) == 1 else tensor[block.batch]
+        return tile.gathered(rows).to(self.dtype).transpose(1, 2).flatten(0, 1)
 
     def scattered(self, into: Tensor, block: Block, tile: Tile, tensor: Tensor) -> None:
         """Add what a tile's keys or values gain (b·K, s, D) to (B, S, K, D)."""
