@@ -70,7 +70,9 @@ def _make(draw: st.DrawFn, T: int) -> Case:
     feature_map, normalize = draw(st.sampled_from(FEATURE_MAPS))
     causal = draw(st.booleans())
     if feature_map == "favor":
-        tensors["projection"] = torch.randn(draw(st.sampled_from([1, 7, 24])), D, generator=generator).double()
+        # with a single feature one token outweighs the others, and its one rounding is every result's: in the kernel as
+        # in the reference, which may be lucky by any factor
+        tensors["projection"] = torch.randn(draw(st.sampled_from([4, 7, 24])), D, generator=generator).double()
     decay = draw(st.sampled_from(DECAYS)) if causal else "none"
     if decay != "none":
         tensors["log_decay"] = log_decay(decay, (B, T, H), generator)
