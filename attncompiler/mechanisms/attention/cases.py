@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,18 @@ from attncompiler.mechanisms.attention.pattern import (
     SlidingWindow,
     Strided,
 )
-from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+from attncompiler.mechanisms.case import (
+    VALUE_KINDS,
+    Case,
+    Cases,
+    Options,
+    Wanted,
+    among,
+    head_width,
+    heads,
+    rotary,
+    values,
+)
 
 SCORE_OPTIONS = ("sinks", "alibi", "softcap")
 BLOCKS = st.sampled_from([1, 3, 4, 16])
@@ -118,9 +130,67 @@ def _make(draw: st.DrawFn, T: int, S: int | None) -> Case:
     return Case(OPERATOR, tensors, options, causal=options.pattern.causal)
 
 
+# --- policies -----------------------------------------------------------------------------------------------------
+
+_blocks, _few, _many = st.integers(1, 8), st.integers(0, 4), st.integers(1, 24)
+_causal = {"causal": st.booleans()}
+PATTERN_OPTIONS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "causal": ({}, {}),
+    "full": ({}, {}),
+    "sliding_window": ({"window": _many}, {"global_tokens": _few, **_causal}),
+    "strided": ({"stride": _blocks, "window": _blocks}, {"block_size": _blocks, **_causal}),
+    "local_global": ({"block_size": _blocks, "local_blocks": st.integers(1, 3)}, {"global_blocks": _few, **_causal}),
+    "random": (
+        {"block_size": _blocks, "random_blocks": st.integers(1, 3)},
+        {"local_blocks": st.integers(1, 3), "global_blocks": _few, "seed": st.integers(0, 99), **_causal},
+    ),
+    "chunked": ({"chunk": _many}, {}),
+}
+"""kind → the options it needs, and those it takes"""
+LEAST = {"kind": "attention", "num_attention_heads": 1}
+
+
+def patterns(wanted: Wanted) -> st.SearchStrategy[Options]:
+    """Patterns as a spec holds them, of every kind that is built, or of the kind of `wanted.like` alone."""
+    kinds = [wanted.like.get("pattern", {}).get("kind", "causal")] if wanted.like else list(PATTERN_OPTIONS)
+    probes = [{"kind": kind, **dict.fromkeys(PATTERN_OPTIONS[kind][0], 1)} for kind in kinds]
+    offered = [probe["kind"] for probe in wanted.offered(LEAST, "pattern", probes)]
+    return st.sampled_from(offered).flatmap(
+        lambda kind: st.fixed_dictionaries(
+            {"kind": st.just(kind), **PATTERN_OPTIONS[kind][0]}, optional=dict(PATTERN_OPTIONS[kind][1])
+        )
+    )
+
+
+@st.composite
+def policies(draw: st.DrawFn, wanted: Wanted) -> Options:
+    """Every option that is built, in all combinations."""
+    options: Options = {"kind": "attention", **draw(heads(wanted.hidden_size))}
+    count, width = options["num_attention_heads"], head_width(options, wanted.hidden_size)
+    options |= draw(among("num_key_value_heads", [n for n in (1, 2, 4) if count % n == 0]))
+    widths = wanted.offered({**LEAST, "head_dim": 8}, "v_head_dim", [12, 8, 4])
+    options |= draw(among("v_head_dim", widths if len(widths) > 1 else [width]))
+    options |= draw(rotary(wanted, LEAST, width))
+    pattern = draw(patterns(wanted))
+    options |= {} if pattern == {"kind": "causal"} and not draw(st.booleans()) else {"pattern": pattern}
+    for name, choices in (
+        ("attention_bias", ["none", "qkv", "all"]),
+        ("qk_norm", ["none", "rms", "l2"]),
+        ("query_pre_attn_scalar", [4.0, 40.0]),
+        ("attn_logit_softcapping", [2.0, 0.5]),
+        ("alibi", [True, False]),
+        ("sinks", [True, False]),
+        ("attention_dropout", [0.25, 0.0]),
+    ):
+        options |= draw(wanted.group([name], among(name, wanted.offered(LEAST, name, choices))))
+    return options
+
+
 CASES = Cases(
     draw=plain,
     extras=extras,
+    policies=policies,
+    patterns=patterns,
     bench=(
         {"B": 1, "T": 4096, "H": 8, "K": 8, "D": 64, "pattern": {"kind": "sliding_window", "window": 256}},
         {"B": 4, "T": 512, "H": 8, "K": 8, "D": 32, "pattern": {"kind": "causal"}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, Options, Wanted, among, heads, values
 from attncompiler.mechanisms.linformer.op import OPERATOR, LinformerOptions
 
 COLUMNS = 160
@@ -58,9 +58,30 @@ def _make(draw: st.DrawFn, T: int, S: int) -> Case:
     return Case(OPERATOR, tensors, LinformerOptions(), causal=False)
 
 
+# --- policies -----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def policies(draw: st.DrawFn, wanted: Wanted) -> Options:
+    """Every option, in all combinations; `causal` has one value that is valid."""
+    options: Options = {
+        "kind": "linformer",
+        **draw(heads(wanted.hidden_size)),
+        "projected_length": draw(st.integers(1, 12)),
+    }
+    for name, choices in (
+        ("share", ["none", "heads", "kv"]),
+        ("attention_bias", ["none", "qkv", "all"]),
+        ("causal", [False]),
+    ):
+        options |= draw(wanted.group([name], among(name, choices)))
+    return options
+
+
 CASES = Cases(
     draw=plain,
     extras=extras,
+    policies=policies,
     bench=(
         {"B": 1, "T": 4096, "H": 8, "D": 64, "R": 256},
         {"B": 4, "T": 512, "H": 8, "D": 32, "R": 64},

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, Options, Wanted, among, perhaps, values
 from attncompiler.mechanisms.mamba.op import OPERATOR, MambaOptions
 
 
@@ -65,8 +65,40 @@ def _make(draw: st.DrawFn, T: int) -> Case:
     return Case(OPERATOR, tensors, MambaOptions(dt_softplus=softplus), causal=True)
 
 
+# --- policies -----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def policies(draw: st.DrawFn, wanted: Wanted) -> Options:
+    """Every option, in all combinations."""
+    options: Options = {"kind": "mamba", "state_size": draw(st.sampled_from([1, 4, 16]))}
+    sizes = {"conv_kernel": st.integers(1, 5), "expand": st.integers(1, 3)}
+    options |= draw(perhaps(**sizes, time_step_rank=st.one_of(st.just("auto"), st.integers(1, 4))))
+    options |= draw(wanted.group(STEPS, perhaps(**STEPS)))
+    for name, choices in (
+        ("use_conv_bias", [True, False]),
+        ("use_bias", [True, False]),
+        ("hidden_act", ["silu"]),
+        ("dt_bc_norm", [True, False]),
+        ("time_step_scale", [2.0]),
+        ("time_step_init_scheme", ["random", "constant"]),
+        ("rescale_prenorm_residual", [True, False]),
+    ):
+        options |= draw(wanted.group([name], among(name, choices)))
+    return options
+
+
+STEPS = {
+    "time_step_min": st.sampled_from([0.01, 0.1]),
+    "time_step_max": st.sampled_from([0.1, 1.0]),
+    "time_step_floor": st.sampled_from([1e-3, 0.05]),
+}
+"""the range of first time steps; the least is never above the largest"""
+
+
 CASES = Cases(
     draw=plain,
     extras=extras,
+    policies=policies,
     bench=({"B": 1, "T": 4096, "E": 512, "N": 16}, {"B": 4, "T": 512, "E": 512, "N": 16}),
 )

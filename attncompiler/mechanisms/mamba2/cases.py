@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, Options, Wanted, among, perhaps, values
 from attncompiler.mechanisms.mamba2.op import OPERATOR, Mamba2Options
 
 
@@ -70,8 +70,44 @@ def _make(draw: st.DrawFn, T: int) -> Case:
     return Case(OPERATOR, tensors, options, causal=True)
 
 
+# --- policies -----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def policies(draw: st.DrawFn, wanted: Wanted) -> Options:
+    """Every option, in all combinations. Heads of 4 or 8 divide any hidden size that is a multiple of 8."""
+    width = draw(st.sampled_from([8, 4]))
+    options: Options = {"kind": "mamba2", "head_dim": width, "state_size": draw(st.sampled_from([8, 1, 4]))}
+    options |= draw(perhaps(expand=st.integers(1, 2)))
+    count = options.get("expand", 2) * wanted.hidden_size // width
+    options |= draw(among("num_heads", [count]))
+    options |= draw(among("n_groups", [n for n in (1, 2, 4) if count % n == 0]))
+    options |= draw(perhaps(conv_kernel=st.integers(1, 5), chunk_size=st.sampled_from([1, 4, 7, 64])))
+    options |= draw(wanted.group(STEPS, perhaps(**STEPS)))
+    gates = st.sampled_from([{}, {"rms_norm": True}, {"rms_norm": False}, {"norm_before_gate": True}])
+    options |= draw(wanted.group(("rms_norm", "norm_before_gate"), gates))
+    for name, choices in (
+        ("use_conv_bias", [True, False]),
+        ("use_bias", [True, False]),
+        ("hidden_act", ["silu"]),
+        ("time_step_limit", [[0.0, math.inf], [0.05, 0.7]]),
+        ("rescale_prenorm_residual", [True, False]),
+    ):
+        options |= draw(wanted.group([name], among(name, choices)))
+    return options
+
+
+STEPS = {
+    "time_step_min": st.sampled_from([0.01, 0.1]),
+    "time_step_max": st.sampled_from([0.1, 1.0]),
+    "time_step_floor": st.sampled_from([1e-3, 0.05]),
+}
+"""the range of first time steps; the least is never above the largest"""
+
+
 CASES = Cases(
     draw=plain,
     extras=extras,
+    policies=policies,
     bench=({"B": 1, "T": 4096, "H": 16, "P": 64, "N": 64}, {"B": 4, "T": 512, "H": 16, "P": 32, "N": 64}),
 )
