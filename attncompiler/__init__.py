@@ -18,6 +18,7 @@ _HOMES = {
     "plan": "attncompiler.pipeline",
     "save": "attncompiler.pipeline",
     "generate": "attncompiler.generation",
+    "verify": "attncompiler.testing.verify",
     "param_groups": "attncompiler.emit.weights",
     "AttnCompilerError": "attncompiler.errors",
     "Diagnostic": "attncompiler.errors",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from attncompiler.pipeline import load as load
     from attncompiler.pipeline import plan as plan
     from attncompiler.pipeline import save as save
+    from attncompiler.testing.verify import verify as verify
 
 __all__ = [*_HOMES, "ops"]
 

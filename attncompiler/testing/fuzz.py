@@ -224,8 +224,12 @@ def _one_line(broken: Broken) -> str:
     return " ".join(str(broken).split())
 
 
-def replay(path: Path, *, device: str | None = None) -> tuple[Inputs, Broken | None]:
-    """Run a failure's file again: its batch, and what is still broken. Raises SpecError where it is no such file."""
+def replay(path: Path, *, device: str | None = None) -> Broken | None:
+    """Run a failure's file again: what is still broken of its law.
+
+    Raises SpecError where the file is no spec, or its line of the batch cannot be read; UsageError (E602) where it has
+    none.
+    """
     spec = read(path)
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith(MARK):
@@ -235,5 +239,5 @@ def replay(path: Path, *, device: str | None = None) -> tuple[Inputs, Broken | N
                 law, own = noted["law"], noted["device"]
             except (ValueError, TypeError, KeyError) as error:
                 raise fail(SpecError, "E003", f"{path}: the line {MARK.strip()!r} cannot be read: {error}") from None
-            return inputs, examine(inputs, device=device or own, law=law)[0]
+            return examine(inputs, device=device or own, law=law)[0]
     raise fail(UsageError, "E602", f"{path} has no line {MARK.strip()!r}: it was not written by fuzz")
