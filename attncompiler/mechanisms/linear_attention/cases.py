@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+from attncompiler.mechanisms.case import (
+    VALUE_KINDS,
+    Case,
+    Cases,
+    Options,
+    Wanted,
+    among,
+    head_width,
+    heads,
+    perhaps,
+    rotary,
+    values,
+)
 from attncompiler.mechanisms.linear_attention.mechanism import FeatureMap
 from attncompiler.mechanisms.linear_attention.op import OPERATOR, LinearAttentionOptions
 
@@ -63,11 +78,11 @@ def _make(draw: st.DrawFn, T: int) -> Case:
     V = draw(st.sampled_from([D, D, 12]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     kinds = [draw(st.sampled_from(VALUE_KINDS)) for _ in range(3)]
+    feature_map, normalize = draw(st.sampled_from(FEATURE_MAPS))
     tensors = {
         name: values(kind, (B, T, H, width), generator)
         for name, kind, width in zip(("q", "k", "v"), kinds, (D, D, V), strict=True)
     }
-    feature_map, normalize = draw(st.sampled_from(FEATURE_MAPS))
     causal = draw(st.booleans())
     if feature_map == "favor":
         tensors["projection"] = torch.randn(draw(st.sampled_from([1, 7, 24])), D, generator=generator).double()
@@ -94,9 +109,61 @@ def log_decay(kind: str, shape: tuple[int, int, int], generator: torch.Generator
     return each
 
 
+# --- policies -----------------------------------------------------------------------------------------------------
+
+LEAST = {"kind": "linear_attention", "num_attention_heads": 1}
+FEATURE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "elu": {"normalize": st.booleans()},
+    "relu": {"normalize": st.booleans()},
+    "favor": {
+        "normalize": st.booleans(),
+        "num_features": st.sampled_from([8, 20]),
+        "orthogonal": st.booleans(),
+        "redraw_interval": st.integers(1, 9),
+    },
+    "identity": {},
+}
+"""feature_map → the options it takes; the features of identity have any sign, and are not normalised"""
+
+
+def _features(wanted: Wanted) -> st.SearchStrategy[Options]:
+    probes: list[Options] = [{"feature_map": each, "normalize": each != "identity"} for each in FEATURE_OPTIONS]
+    offered = [each for each in probes if wanted.built({**LEAST, **each})]
+    mapped = st.sampled_from(offered).flatmap(
+        lambda probe: st.fixed_dictionaries(
+            {name: st.just(value) for name, value in probe.items() if name == "feature_map" or not value},
+            optional=dict(FEATURE_OPTIONS[probe["feature_map"]]),
+        )
+    )
+    return st.one_of(perhaps(normalize=st.booleans()), mapped)
+
+
+def _order(wanted: Wanted) -> st.SearchStrategy[Options]:
+    """A direction in time, or a decay along it."""
+    return st.one_of(
+        among("causal", wanted.offered(LEAST, "causal", [True, False])),
+        among("decay", wanted.offered(LEAST, "decay", ["none", "retention", "scalar"])),
+    )
+
+
+@st.composite
+def policies(draw: st.DrawFn, wanted: Wanted) -> Options:
+    """Every option that is built, in all combinations."""
+    options: Options = {"kind": "linear_attention", **draw(heads(wanted.hidden_size))}
+    options |= draw(perhaps(v_head_dim=st.sampled_from([8, 12, 4])))
+    options |= draw(rotary(wanted, LEAST, head_width(options, wanted.hidden_size)))
+    names = ("feature_map", "normalize", "num_features", "orthogonal", "redraw_interval")
+    options |= draw(wanted.group(names, _features(wanted)))
+    options |= draw(wanted.group(("causal", "decay"), _order(wanted)))
+    for name, choices in (("attention_bias", ["none", "qkv", "all"]), ("eps", [1e-3]), ("scale", [0.3])):
+        options |= draw(wanted.group([name], among(name, choices)))
+    return options
+
+
 CASES = Cases(
     draw=plain,
     extras=extras,
+    policies=policies,
     bench=(
         {"B": 1, "T": 4096, "H": 8, "D": 64, "causal": True},
         {"B": 4, "T": 512, "H": 8, "D": 32, "causal": True},
