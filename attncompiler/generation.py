@@ -49,10 +49,12 @@ def generate(
 
     Prompts of unequal length come as a list, which is padded on the left, or as a batch padded on either side with
     `attention_mask` (B, P), non-zero for real tokens; each continues as if it were alone. New tokens follow the padded
-    prompts. A sequence that has given one of `eos_token_id` goes on with `pad_token_id` (the first end token if none is
-    given; in a list without either 0), and all stop when the last has ended. `on_tokens` is called with every step's
-    tokens (B,). The model runs in evaluation mode, and is left in the mode it was in. With `compiled` the steps after
-    the prompts go through torch.compile: half a minute at first, and then less time for each token.
+    prompts. With rotary frequencies of type `dynamic`, which follow from a sequence's length, that is the whole length
+    asked for, so `max_new_tokens` has a part in every token. A sequence that has given one of `eos_token_id` goes on
+    with `pad_token_id` (the first end token if none is given; in a list without either 0), and all stop when the last
+    has ended. `on_tokens` is called with every step's tokens (B,). The model runs in evaluation mode, and is left in
+    the mode it was in. With `compiled` the steps after the prompts go through torch.compile: half a minute at first,
+    and then less time for each token.
 
     Raises InputError: E401 shapes, E402 ids that are not whole numbers, E403 arguments, E404 devices, E503 a model that
     cannot be run step by step.
@@ -70,7 +72,8 @@ def generate(
     made: list[Tensor] = []
     step = model.compiled_step if compiled else model.step
     with _evaluating(model):
-        state = model.init_state(B, P + count - 1)
+        lengths = None if prompts.mask is None else prompts.mask.sum(1) + (count - 1)
+        state = model.init_state(B, P + count - 1, lengths=lengths)
         logits, state = _read(model, prompts, state, max(1, PIECE // (B * vocabulary)))
         while True:
             chosen = choose(logits)
@@ -105,7 +108,7 @@ def _checked(model: Any, tokens: Sequence[int]) -> tuple[int, torch.device]:
     vocabulary = model.spec.model.vocab_size
     for token in tokens:
         _in_vocabulary(token, token, vocabulary)
-    device = next(model.parameters()).device
+    device = model.device
     if device.type == "meta":
         raise fail(InputError, "E403", "a model on meta has no weights to generate with", remedy="load it on a device")
     return vocabulary, device

@@ -79,7 +79,7 @@ def _summary(model: CompiledModel, path: Path) -> dict[str, Any]:
         "listed": [str(target) for target in spec.targets],
         "input": spec.model.input,
         "head": spec.model.head.kind,
-        "device": str(next(model.parameters()).device),
+        "device": str(model.device),
         "device_type": plan.target.device_type,
         **explain(spec, plan),
     }

@@ -56,7 +56,7 @@ def generate(
         by_bytes, given = _prompt(prompt, tokens, model.spec)
         drawn: dict[str, Any] = {}
         if any(each is not None for each in (temperature, top_k, top_p, seed)):
-            here = next(model.parameters()).device
+            here = model.device
             generator = torch.Generator(here)
             _ = generator.seed() if seed is None else generator.manual_seed(seed)
             heat = 1.0 if temperature is None else temperature

@@ -209,34 +209,54 @@ class CompiledModel(Emitted):
         generated: Callable[..., Tensor] = type(self)._generated_loss  # type: ignore[attr-defined]
         return generated(self, given, labels, attention_mask, position_ids, segment_ids, **inputs)
 
-    def init_state(
-        self, batch: int, max_length: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Any]:
-        """An empty decode state for B sequences of up to `max_length` tokens.
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        return next(self.parameters()).device
 
-        `device` and `dtype` (of caches; recurrent states are fp32) default to the parameters'. Raises InputError: E503
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of embeddings, matrices and what runs between layers; some parameters of recurrences are wider."""
+        return min((parameter.dtype for parameter in self.parameters()), key=lambda dtype: dtype.itemsize)
+
+    def init_state(
+        self,
+        batch: int,
+        max_length: int,
+        *,
+        lengths: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Any]:
+        """An empty decode state for B sequences of up to `max_length` tokens, padding included.
+
+        `lengths` (B,) are how many tokens each of them will have without its padding: what learned positions must
+        suffice for, and what `dynamic` rotary frequencies follow from, so that a sequence gives in a padded batch what
+        it gives alone. They default to `max_length`.
+        `device` and `dtype` (of caches; recurrent states are fp32) default to the model's. Raises InputError: E503
         when a layer cannot be run step by step, E403 for sizes below 1, E401 for more tokens than learned positions,
         E402 for a dtype that no model has.
         """
         self._refuse_step()
         if batch < 1 or max_length < 1:
             raise fail(InputError, "E403", f"batch and max_length must be at least 1, not {batch} and {max_length}")
+        if lengths is not None and lengths.shape != (batch,):
+            raise fail(InputError, "E401", f"lengths must be ({batch},), not {tuple(lengths.shape)}")
         limit = _learned_positions(self.spec) if self.spec else None
-        if limit is not None and max_length > limit:
-            raise no_position(limit, max_length)
-        example = next(self.parameters())
-        device = torch.device(device) if device is not None else example.device
-        dtype = example.dtype if dtype is None else dtype
+        if limit is not None and (longest := max_length if lengths is None else int(lengths.max())) > limit:
+            raise no_position(limit, longest)
+        device = torch.device(device) if device is not None else self.device
+        dtype = self.dtype if dtype is None else dtype
         if dtype not in DTYPES:
             raise fail(InputError, "E402", f"dtype must be {', '.join(map(str, DTYPES))}, not {dtype}")
-        return {
-            "seen": 0,
-            "max_length": max_length,
-            "position": torch.zeros(batch, dtype=torch.int64, device=device),
-            "layers": {
-                name: _mixer(layer).init_state(batch, max_length, device, dtype) for name, layer in self.layers.items()
-            },
+        layers = {
+            name: _mixer(layer).init_state(batch, max_length, device, dtype) for name, layer in self.layers.items()
         }
+        if lengths is not None:
+            for state in layers.values():
+                state.update({name: lengths.to(device, torch.int64) for name in state.keys() & {"rope_length"}})
+        position = torch.zeros(batch, dtype=torch.int64, device=device)
+        return {"seen": 0, "max_length": max_length, "position": position, "layers": layers}
 
     def step(
         self, input_ids: Tensor, state: dict[str, Any], attention_mask: Tensor | None = None
@@ -266,7 +286,8 @@ class CompiledModel(Emitted):
         if not isinstance(length, int) or length < 1:
             return False
         if self._empty is None or self._empty["max_length"] != length:
-            self._empty = self.init_state(1, length, device="meta", dtype=torch.float32)
+            least = torch.ones(1)  # of sequences in whatever padding, so that learned positions suffice
+            self._empty = self.init_state(1, length, lengths=least, device="meta", dtype=torch.float32)
         return _fits(state, self._empty)
 
     def _refuse_step(self) -> None:

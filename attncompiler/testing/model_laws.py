@@ -84,7 +84,7 @@ class Subject:
 
     def given(self, model: CompiledModel) -> dict[str, Tensor]:
         """The batch as arguments of one of the models."""
-        return self.inputs.forward(device=self.device, dtype=next(model.parameters()).dtype)
+        return self.inputs.forward(device=self.device, dtype=model.dtype)
 
     @cached_property
     def weight(self) -> Tensor:
@@ -157,7 +157,12 @@ def kernels(subject: Subject) -> Iterator[Broken]:
 
 
 def judged(subject: Subject, call: SiteCall, dtype: torch.dtype) -> Iterator[Broken]:
-    """What of one call is over the budget, by each kernel of its chain that serves it."""
+    """What of one call is over the budget, by each kernel of its chain that serves it.
+
+    A call of low precision is judged in fp32, too, whose budget hides less.
+    """
+    if dtype.itemsize < 4:
+        yield from judged(subject, call, torch.float32)
     case = prepared(call.case, dtype, subject.device)
     trial = Trial(call.mechanism, case, dtype)
     for name in call.chain:
@@ -181,7 +186,7 @@ def alone(subject: Subject) -> Iterator[Broken]:
         return  # a class is of a row, whatever is packed in it
     model = subject.wide
     given, real, ids = subject.given(model), inputs.real(), inputs.segments() if inputs.cuts else None
-    outputs = torch.zeros(subject.weight.shape, dtype=next(model.parameters()).dtype, device=subject.device)
+    outputs = torch.zeros(subject.weight.shape, dtype=model.dtype, device=subject.device)
     pieces = []
     for row in range(inputs.batch):
         for segment in [None] if ids is None else ids[row].unique().tolist():
@@ -237,7 +242,7 @@ def loss(subject: Subject) -> Iterator[Broken]:
         return
     values = []
     for model in (subject.wide, subject.single):
-        given = subject.inputs.loss(device=subject.device, dtype=next(model.parameters()).dtype)
+        given = subject.inputs.loss(device=subject.device, dtype=model.dtype)
         with torch.no_grad():
             fused, labels = model.loss(**given), given.pop("labels")
             logits = model(**given)
@@ -295,7 +300,7 @@ def _stepped(subject: Subject, model: CompiledModel, pieces: list[int]) -> Itera
     given, T = subject.given(model), subject.inputs.length
     tokens = given["input_ids"] if "input_ids" in given else given["inputs_embeds"]
     mask = given.get("attention_mask")
-    state, start = model.init_state(subject.inputs.batch, T), 0
+    state, start = model.init_state(subject.inputs.batch, T, lengths=subject.inputs.real().sum(1)), 0
     for size in [*pieces, T]:
         stop = min(start + size, T)
         if stop > start:

@@ -132,7 +132,7 @@ def _fits(policy: Policy, size: MixerSize) -> bool:
 def _calls(spec: ModelSpec, name: str, policy: Policy, length: int, device: str) -> list[tuple[str, SiteCall]]:
     """The operator calls of one layer of a policy, each with what it is of."""
     model = _layer_alone(spec, name, policy, device)
-    dtype = next(model.parameters()).dtype
+    dtype = model.dtype
     generator = torch.Generator().manual_seed(spec.seed)
     hidden = torch.randn(BATCH, length, spec.model.hidden_size, generator=generator).to(device, dtype)
     found: list[tuple[str, SiteCall]] = []

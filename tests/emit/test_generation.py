@@ -17,6 +17,12 @@ from attncompiler.emit import CompiledModel
 from attncompiler.errors import InputError
 
 ALL = {**{name: (policy,) for name, policy in MIXERS.items()}, "hybrid": tuple(MIXERS.values())}
+DYNAMIC = "{rope_type: dynamic, factor: 4.0, rope_theta: 50.0, original_max_position_embeddings: 5}"
+"""frequencies that follow from a sequence's length"""
+STRETCHED = {
+    f"dynamic {kind}": (f"{{kind: {kind}, num_attention_heads: 2, rope_parameters: {DYNAMIC}}}",)
+    for kind in ("attention", "linear_attention")
+}
 SHARP = "head: {kind: lm, tie_word_embeddings: false}"
 
 
@@ -44,10 +50,10 @@ def test_greedy_tokens_are_those_of_the_forward(kind: str) -> None:
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", ALL | STRETCHED)
 @pytest.mark.parametrize("side", ["left", "right", "list"])
 def test_prompts_of_unequal_length_continue_as_alone(kind: str, side: str) -> None:
-    built = sharp(*ALL[kind])
+    built = sharp(*(ALL | STRETCHED)[kind])
     prompts = [tokens(1, length, seed=length)[0] for length in (9, 1, 5)]
     mask = torch.tensor([[1] * 9, [0] * 8 + [1], [0] * 4 + [1] * 5])
     given: Any = prompts
@@ -60,6 +66,17 @@ def test_prompts_of_unequal_length_continue_as_alone(kind: str, side: str) -> No
     for row, prompt in zip(found, prompts, strict=True):
         alone = attncompiler.generate(built, prompt[None], max_new_tokens=10)
         assert torch.equal(row[9:], alone[0, len(prompt) :])
+
+
+def test_padding_of_a_prompt_needs_no_learned_position() -> None:
+    built = model(MIXERS["attention"], form="embedding: {positions: learned}")
+    limit = built.embed_positions.num_embeddings
+    prompts, mask = tokens(2, limit), torch.ones(2, limit, dtype=torch.bool)
+    mask[:, : limit - 4] = False
+    found = attncompiler.generate(built, prompts, max_new_tokens=10, attention_mask=mask)
+    assert torch.equal(found[:, -14:], attncompiler.generate(built, prompts[:, -4:], max_new_tokens=10))
+    with pytest.raises(InputError, match=f"{limit} learned positions, and {limit + 1} are asked for"):
+        attncompiler.generate(built, prompts, max_new_tokens=2)
 
 
 def test_a_long_prompt_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

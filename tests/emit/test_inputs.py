@@ -13,6 +13,7 @@ import attncompiler
 from attncompiler import spec as specs
 from attncompiler.emit import CompiledModel
 from attncompiler.errors import InputError, SpecError
+from attncompiler.spec.dump import written
 
 X = tokens(2, 9)
 LIMIT = 64
@@ -89,10 +90,33 @@ def test_a_state_for_nothing_is_refused(size: tuple[int, int]) -> None:
     assert code(error) == "E403"
 
 
+def test_lengths_of_another_batch_are_refused() -> None:
+    with pytest.raises(InputError, match=r"lengths must be \(2,\), not \(3,\)") as error:
+        made("{positions: none}").init_state(2, 8, lengths=torch.ones(3, dtype=torch.int64))
+    assert code(error) == "E401"
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_a_state_of_no_models_dtype_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(InputError, match=f"E402 dtype must be .*, not {dtype}"):
         made("{positions: none}").init_state(1, 4, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_caches_are_of_the_models_dtype_whatever_its_first_parameter_is(kind: str) -> None:
+    """Without embeddings a parameter comes first that Mamba keeps in fp32; recurrent states are wide."""
+    data = specs.parse(text(MIXERS[kind])).model_dump(exclude_unset=True)
+    data["model"] |= {"input": "embeds", "head": {"kind": "none"}, "dtype": "bfloat16"}
+    del data["model"]["vocab_size"]
+    built = attncompiler.build(specs.parse(written(data)), device="cpu")
+    assert built.dtype == torch.bfloat16
+    assert built.device == torch.device("cpu")
+    for layer in built.init_state(2, 8)["layers"].values():
+        for name, tensor in layer.items():
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                assert tensor.dtype == (torch.bfloat16 if name in ("k", "v", "conv") else torch.float32), name
+    assert built.double().init_state(2, 8, device="meta")["position"].device.type == "meta"
+    assert built.dtype == torch.float64
 
 
 OTHERS = {
