@@ -29,6 +29,11 @@ from attncompiler.testing.strategies import Inputs, inputs_for, specs
 EXAMPLES = 100
 """drawn where neither examples nor seconds are given"""
 UNLIMITED = 10**9
+BATCH = 8
+"""Examples that one search of hypothesis draws: later ones of a search are made of earlier ones, and more of them would
+be much alike. What was drawn before is not counted again."""
+STALE = 50
+"""searches in a row without anything new, after which there is nothing more to draw"""
 SHRINKING_SECONDS = 60.0
 """after a failure is found, for the search of a smaller one"""
 MARK = "# replay: "
@@ -103,8 +108,9 @@ def fuzz(
     """
     if examples is None:
         examples = EXAMPLES if seconds is None else UNLIMITED
-    run = _Run(Report(seed, device), time.monotonic() + seconds if seconds is not None else float("inf"), progress)
-    _drive(run, base, examples, seed)
+    until = float("inf") if seconds is None else time.monotonic() + seconds
+    run = _Run(Report(seed, device), examples, until, progress)
+    _drive(run, base, seed)
     run.report.seconds = time.monotonic() - run.started
     if run.report.failure is not None and folder is not None:
         run.report.path = record(run.report.failure, folder, seed=seed, device=device)
@@ -147,14 +153,22 @@ class _Run:
     """The state of one run, which every example adds to."""
 
     report: Report
+    examples: int
+    """at most"""
     until: float
     progress: Callable[[str], None]
     started: float = field(default_factory=time.monotonic)
+    seen: set[bytes] = field(default_factory=set)
 
     def __call__(self, inputs: Inputs) -> None:
         report, found = self.report, self.report.failure
         if time.monotonic() > self.until:
             raise _TimeIsUp
+        if found is None:
+            digest = _digest(inputs)
+            if digest in self.seen or report.examples == self.examples:
+                return
+            self.seen.add(digest)
         broken, subject = examine(inputs, device=report.device, law=found.broken.law if found else None)
         if found is None:
             report.examples += 1
@@ -173,26 +187,32 @@ class _Run:
         raise _Falsified(str(broken))
 
 
-def _drive(run: _Run, base: ModelSpec | None, examples: int, chosen: int) -> None:
-    @seed(chosen)
-    @settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        derandomize=False,
-        phases=(Phase.generate, Phase.shrink),
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        verbosity=Verbosity.quiet,
-    )
-    @given(specs(base, device=run.report.device).flatmap(inputs_for))
-    def hold(inputs: Inputs) -> None:
-        run(inputs)
+def _drive(run: _Run, base: ModelSpec | None, chosen: int) -> None:
+    drawn = specs(base, device=run.report.device).flatmap(inputs_for)
+    search = stale = 0
+    while run.report.examples < run.examples and stale < STALE:
+        before = run.report.examples
 
-    try:
-        hold()
-    except (_Falsified, _TimeIsUp):
-        return
+        @seed((chosen << 32) + search)
+        @settings(
+            max_examples=BATCH,
+            database=None,
+            deadline=None,
+            derandomize=False,
+            phases=(Phase.generate, Phase.shrink),
+            report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
+            verbosity=Verbosity.quiet,
+        )
+        @given(drawn)
+        def hold(inputs: Inputs) -> None:
+            run(inputs)
+
+        try:
+            hold()
+        except (_Falsified, _TimeIsUp):
+            return
+        search, stale = search + 1, 0 if run.report.examples > before else stale + 1
 
 
 # --- failures on disk ---------------------------------------------------------------------------------------------
@@ -200,7 +220,7 @@ def _drive(run: _Run, base: ModelSpec | None, examples: int, chosen: int) -> Non
 
 def record(failure: Failure, folder: Path, *, seed: int, device: str) -> Path:
     """Write a failure as a spec with comments, beside those that are there already. Raises OSError."""
-    digest = hashlib.blake2b(f"{failure.text}{failure.inputs!r}".encode(), digest_size=4).hexdigest()
+    digest = _digest(failure.inputs)[:4].hex()
     replay = {"law": failure.broken.law, "device": device, "seed": seed, "inputs": failure.inputs.plain()}
     lines = [
         f"# {_one_line(failure.broken)}",
@@ -218,6 +238,10 @@ def record(failure: Failure, folder: Path, *, seed: int, device: str) -> Path:
         except FileExistsError:
             continue
     raise fail(UsageError, "E601", f"{folder} holds this failure a thousand times")
+
+
+def _digest(inputs: Inputs) -> bytes:
+    return hashlib.blake2b(f"{written(inputs.spec)}{inputs!r}".encode(), digest_size=16).digest()
 
 
 def _one_line(broken: Broken) -> str:

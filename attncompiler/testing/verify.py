@@ -2,8 +2,10 @@
 
 Each policy in use is built as a model of one layer, of the spec's widths, heads and dtype, with weights under which
 every part shows (`capture.enlivened`), and the operator calls that it makes are recorded: of a plain batch, of one that
-is packed and padded, and of decoding. On each of them every kernel is held to the error budget. What is scaled to fit
-is the batch, of `BATCH` sequences, and their length, the longest that the reference can take (`fitting_length`).
+is packed and padded, and of decoding. It runs on the reference meanwhile, so that no kernel's fault is in what another
+is given. On each call every kernel is held to the error budget in the spec's dtype, and in fp32 where that is a lower
+one, whose budget hides more. What is scaled to fit is the batch, of `BATCH` sequences, and their length, the longest
+that the reference can take (`fitting_length`).
 """
 
 from __future__ import annotations
@@ -168,7 +170,7 @@ def _masks(policy: Policy, length: int, device: str) -> dict[str, Tensor]:
 
 
 def _layer_alone(spec: ModelSpec, name: str, policy: Policy, device: str) -> CompiledModel:
-    """A model of one layer of the policy, its mixer alone, fed with hidden states, on whatever kernel serves."""
+    """A model of one layer of the policy, its mixer alone, fed with hidden states, on the reference."""
     bare = {
         "input": "embeds",
         "vocab_size": None,
@@ -181,7 +183,7 @@ def _layer_alone(spec: ModelSpec, name: str, policy: Policy, device: str) -> Com
         seed=spec.seed,
         deterministic=spec.deterministic,
         model=spec.model.model_copy(update=bare),
-        policies={name: policy.model_copy(update={"kernel": "auto"})},
+        policies={name: policy.model_copy(update={"kernel": "eager"})},
         layers=(Layer(policy=name),),
     )
     model = pipeline.build(alone, device=device)
@@ -206,7 +208,12 @@ def _policy_rows(
     layers = ranges(layer.index for layer in planned.layers if layer.policy == name)
     row = Row(name, layers, choice.mechanism, planned.target.name, "", length)
     trials = [
-        (label, Trial(call.mechanism, prepared(call.case, _dtype(spec), device), _dtype(spec))) for label, call in calls
+        (
+            label if dtype == _dtype(spec) else f"{label}, fp32",
+            Trial(call.mechanism, prepared(call.case, dtype, device), dtype),
+        )
+        for label, call in calls
+        for dtype in dict.fromkeys([_dtype(spec), torch.promote_types(_dtype(spec), torch.float32)])
     ]
     for kernel in choice.chain:
         progress(f"{name}: {kernel}")

@@ -13,9 +13,9 @@ from attncompiler.mechanisms.base import discover, load_entry
 from attncompiler.planning.planner import too_long
 from attncompiler.spec.model import ModelSpec
 
-MAX_LENGTH = 70
-"""tokens: more than a chunk of any kernel for the CPU, so that one more begins"""
-LENGTHS = (1, 2, 3, 5, 8, 16, 17, 31, 40, 64, 65, 70)
+LENGTHS = (70, 1, 2, 3, 5, 8, 17, 31, 40, 64, 65, 129, 200, 530)
+"""Tokens: some more than any chunk, block or tile of the kernels for the CPU, so that one more begins. Shrinks to those
+between 1 and the first."""
 IGNORED = -100
 
 
@@ -99,9 +99,10 @@ class Inputs:
 
 @st.composite
 def inputs_for(draw: st.DrawFn, spec: ModelSpec) -> Inputs:
-    """Batches that the model of `spec` takes: of every length to 70, padded on either side or not, packed or not."""
-    longest = MAX_LENGTH if too_long(spec, MAX_LENGTH) is None else spec.model.max_position_embeddings
-    length = draw(st.sampled_from([each for each in LENGTHS if each <= longest]) | st.integers(1, longest))
+    """Batches that the model of `spec` takes: of 1 to 70 tokens or some lengths above, padded on either side or not,
+    packed or not."""
+    longest = spec.model.max_position_embeddings if too_long(spec, max(LENGTHS)) is not None else max(LENGTHS)
+    length = draw(st.integers(1, min(longest, LENGTHS[0])) | st.sampled_from([n for n in LENGTHS if n <= longest]))
     batch = draw(st.integers(1, 3))
     padding: tuple[int, ...] = ()
     if draw(st.booleans()):

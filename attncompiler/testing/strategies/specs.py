@@ -8,13 +8,13 @@ from typing import Any
 from hypothesis import strategies as st
 
 from attncompiler import targets
-from attncompiler.mechanisms.base import discover
+from attncompiler.mechanisms.base import Mechanism, discover
 from attncompiler.mechanisms.case import Options, Wanted, among, perhaps
 from attncompiler.planning import Plan, plan
 from attncompiler.spec import ModelSpec, parse
 from attncompiler.spec.dump import written
 from attncompiler.targets.detect import detect_environment, detect_target
-from attncompiler.testing.strategies.policies import HIDDEN_SIZES, Built, built, policy_options
+from attncompiler.testing.strategies.policies import HIDDEN_SIZES, Built, built, cases, policy_options
 
 MAX_LAYERS = 4
 NAMES = ("a", "b", "c")
@@ -41,7 +41,7 @@ def mappings(draw: st.DrawFn, base: ModelSpec | None, gate: Built) -> Options:
     named: Options = {}
     for name in NAMES[: draw(st.integers(1, len(NAMES)))]:
         near = draw(st.sampled_from(like)) if like else {}
-        kind = near["kind"] if near else draw(st.sampled_from(sorted(discover())))
+        kind = near["kind"] if near else draw(st.sampled_from(_kinds()))
         named[name] = draw(policy_options(discover()[kind], Wanted(width, gate, near)))
     data: Options = {"name": draw(st.sampled_from(["drawn", "drawn-2", "Drawn.3"])), "model": draw(_model(width, base))}
     data["policies"] = named
@@ -56,6 +56,15 @@ def mappings(draw: st.DrawFn, base: ModelSpec | None, gate: Built) -> Options:
         )
     )
     return data
+
+
+def _kinds() -> list[str]:
+    """The mechanisms, those with many options or with patterns more than once."""
+    return [kind for kind, each in sorted(discover().items()) for _ in range(_weight(each))]
+
+
+def _weight(mechanism: Mechanism) -> int:
+    return 1 + len(mechanism.policy.model_fields) // 12 + 2 * (cases(mechanism).patterns is not None)
 
 
 def _policies_of(base: ModelSpec | None) -> list[Options]:
@@ -152,14 +161,15 @@ def _head(tokens: bool) -> st.SearchStrategy[Options]:
 
 @st.composite
 def _layers(draw: st.DrawFn, names: list[str], mlp: Options) -> tuple[Options, ...]:
-    """At most `MAX_LAYERS` layers, in groups or not. Layers that share have a policy and changes in common."""
+    """At most `MAX_LAYERS` layers, in groups or not, of every policy but where some share a policy and changes."""
     entries: list[Options] = []
     room = MAX_LAYERS
     shared: dict[str, Options] = {}
-    for _ in range(draw(st.integers(1, MAX_LAYERS))):
+    for number in range(draw(st.integers(len(names), MAX_LAYERS))):
         if not room:
             break
-        entry: Options = {"policy": draw(st.sampled_from(names))} | draw(_changes(mlp))
+        name = names[number] if number < len(names) else draw(st.sampled_from(names))
+        entry: Options = {"policy": name} | draw(_changes(mlp))
         if draw(st.integers(0, 3)) == 3:
             name = draw(st.sampled_from(["x", "y"]))
             entry = shared.setdefault(name, {**entry, "share": name})
