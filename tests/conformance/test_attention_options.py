@@ -117,6 +117,24 @@ def test_sdpa_refuses_no_more_than_it_must() -> None:
             assert bool(refusals_of(kernel, prepared(case_of(row), row["dtype"]))) == bool(needed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sink", [89.0, 800.0])
+def test_a_large_sink_does_not_reach_rows_that_see_nothing(sink: float, dtype: torch.dtype) -> None:
+    """Its exponential is ∞ where no score stands beside it."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, heads, 8, generator=generator, dtype=dtype) for heads in (2, 1, 1))
+    found = {}
+    for kernel in ("eager", "sdpa", "chunkwise"):
+        given = [tensor.clone().requires_grad_() for tensor in (q, k, v, torch.tensor([sink, 0.5], dtype=dtype))]
+        mask = torch.tensor([[0, 0, 1, 1]])
+        out = attention(*given[:3], sinks=given[3], attention_mask=mask, kernel=kernel)
+        found[kernel] = [out, *torch.autograd.grad(out.sum(), given)]
+    for kernel, results in found.items():
+        for result, exact in zip(results, found["eager"], strict=True):
+            assert result.isfinite().all(), kernel
+            torch.testing.assert_close(result, exact, rtol=1e-4, atol=1e-6)
+
+
 # --- dropout --------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,8 @@ def attention(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     sink = scores.new_full((), -torch.inf)
     if "sinks" in inputs:
         sink = inputs["sinks"].to(accumulate).view(K, H // K, 1, 1)
+    # where no key is seen the sink is not either: its exponential could be ∞, whose gradient times 0 is NaN
+    sink = torch.where(empty, -torch.inf, sink)
     largest = torch.maximum(scores.amax(-1, keepdim=True), sink).detach()
     largest = torch.where(empty, 0, largest)
     weights = torch.exp(scores - largest)
