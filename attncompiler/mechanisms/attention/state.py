@@ -35,13 +35,16 @@ def init_state(
     """An empty cache: k (B, N, K, D) and v (B, N, K, V), `seen` tokens, and no lengths.
 
     `lengths` (B,) are the sequences' numbers of real tokens, once padding has come; until then all have `seen`.
+    Sequences lie beside each other in every slot, so that the first slots are one piece of memory however many they
+    are: with sequences one behind another they are only where the cache is full, and a compiled step would be compiled
+    again there.
     """
     slots = retained(policy.pattern).slots(max_length)
     M, K = context.hidden_size, policy.kv_heads
     return {
         # a slot that holds nothing is read with weight 0, which NaN would survive
-        "k": torch.zeros(batch, slots, K, policy.key_width(M), device=device, dtype=dtype),
-        "v": torch.zeros(batch, slots, K, policy.value_width(M), device=device, dtype=dtype),
+        "k": torch.zeros(slots, batch, K, policy.key_width(M), device=device, dtype=dtype).transpose(0, 1),
+        "v": torch.zeros(slots, batch, K, policy.value_width(M), device=device, dtype=dtype).transpose(0, 1),
         "seen": 0,
         "lengths": None,
     }
