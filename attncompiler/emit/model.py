@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from attncompiler.blocks.embedding import LearnedPositions, TokenTypes
+from attncompiler.blocks.embedding import LearnedPositions, Tokens, TokenTypes
 from attncompiler.blocks.head import ClassifierLoss, LMLoss, Pool, SoftCap
 from attncompiler.blocks.norm import make_norm
 from attncompiler.blocks.positions import Positions, StepPositions, no_position
@@ -34,7 +34,7 @@ class Model(nn.Module):
         self.takes_tokens = model.input == "tokens"
         self.positions, self.step_positions = Positions(_learned_positions(spec)), StepPositions()
         if model.vocab_size is not None:
-            self.embed_tokens = nn.Embedding(model.vocab_size, width)
+            self.embed_tokens = Tokens(model.vocab_size, width)
         if self.embedding.positions == "learned":
             self.embed_positions = LearnedPositions(model.max_position_embeddings, width)
         if self.embedding.token_types:
@@ -131,9 +131,10 @@ class CompiledModel(Emitted):
     """An emitted model: a GraphModule with `layers`, a `loss` for training and a `step` for decoding.
 
     `forward(input_ids, attention_mask=None, position_ids=None, segment_ids=None)` gives logits (B, T, vocabulary),
-    class scores (B, num_labels), or hidden states (B, T, M), as `model.head` says. input_ids (B, T) (`inputs_embeds`
-    (B, T, M) for `input: embeds`); attention_mask (B, T) non-zero for real tokens, on either side; position_ids (B, T)
-    replace the counted ones in rotary and learned positions; segment_ids (B, T) keep packed documents apart.
+    class scores (B, num_labels), or hidden states (B, T, M), as `model.head` says. input_ids (B, T), any integers
+    (`inputs_embeds` (B, T, M) for `input: embeds`); attention_mask (B, T) non-zero for real tokens, on either side;
+    position_ids (B, T) replace the counted ones in rotary and learned positions; segment_ids (B, T) keep packed
+    documents apart. On a CPU an id that is no token is refused (E403); on a GPU, as in compiled code, nothing is read.
 
     `spec` and `plan` say what it is; `graphs` holds the graphs of `step` and `loss` beside `graph`; `emitted_with` the
     names, shapes and ties of the weights it was emitted with.

@@ -67,6 +67,39 @@ def test_more_tokens_than_learned_positions_are_refused_everywhere() -> None:
     assert built(long, segment_ids=segments).shape[:2] == (2, LIMIT + 1)
 
 
+def test_what_names_no_token_position_or_type_is_refused_in_words() -> None:
+    built, ones = made("{positions: learned, token_types: 3}"), torch.ones_like(X)
+    decoder = made("{positions: none}")
+    wrong = {
+        "E403 tokens must be 0 to 63, and 64 is among them": lambda: built(X.where(X.max() != X, 64)),
+        "E403 tokens must be 0 to 63, and -1 is among them": lambda: built(X - X.min() - 1),
+        "E403 tokens must be 0 to 63, and 65": lambda: built.loss(ones * 65, X),
+        "E403 tokens must be 0 to 63, and 66": lambda: decoder.step(ones * 66, decoder.init_state(2, 9)),
+        "E403 token_type_ids must be 0 to 2, and 3 is among": lambda: built(X, token_type_ids=ones * 3),
+        f"E401 position -1 is none of the model's {LIMIT} learned": lambda: built(X, position_ids=ones * -1),
+        f"E401 the model has {LIMIT} learned positions, and 70 are": lambda: built(X, position_ids=ones * 69),
+        "E402 tokens must be whole numbers, not torch.bool": lambda: built(X > 9),
+        "E402 tokens must be whole numbers, not torch.float32": lambda: built(torch.randn(2, 9, 32)),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16])
+def test_ids_may_be_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    built, positions = made("{positions: learned, token_types: 3}"), torch.arange(9)[None]
+    narrow = X.to(dtype)
+    with torch.no_grad():
+        expected = built(X, position_ids=positions, token_type_ids=X % 3)
+        found = built(narrow, position_ids=positions.to(dtype), token_type_ids=(X % 3).to(dtype))
+        assert torch.equal(found, expected)
+        assert torch.equal(built.loss(narrow, narrow), built.loss(X, X))
+        decoder = made("{positions: none}")
+        stepped, _ = decoder.step(narrow, decoder.init_state(2, 9))
+        assert torch.equal(stepped, decoder.step(X, decoder.init_state(2, 9))[0])
+
+
 def test_padding_needs_no_position() -> None:
     """On either side, beyond the last learned position, in a forward and in a step."""
     built, fits = made("{positions: learned}"), tokens(2, LIMIT)
