@@ -60,9 +60,10 @@ def generate(
     cannot be run step by step.
     """
     ends = _end_tokens(eos_token_id)
-    vocabulary, device = _checked(model, (*ends, *([] if pad_token_id is None else [pad_token_id])))
+    pads = () if pad_token_id is None else (whole("pad_token_id", pad_token_id, 0),)
+    vocabulary, device = _checked(model, (*ends, *pads))
     choose = _choice(do_sample, temperature, top_k, top_p, generator, device)
-    pad = pad_token_id if pad_token_id is not None else next(iter(ends), 0)
+    pad = next(iter((*pads, *ends)), 0)
     prompts = _prompts(input_ids, attention_mask, pad, vocabulary, device)
     count = whole("max_new_tokens", max_new_tokens, 1)
     stops = torch.tensor(ends, dtype=torch.int64, device=device)
@@ -121,7 +122,10 @@ def _in_vocabulary(least: int, most: int, vocabulary: int) -> None:
 
 
 def _end_tokens(given: int | Sequence[int] | None) -> tuple[int, ...]:
-    listed = () if given is None else (given,) if isinstance(given, int) else tuple(given)
+    try:
+        listed = () if given is None else (given,) if isinstance(given, int) else tuple(given)
+    except TypeError:
+        raise fail(InputError, "E403", f"eos_token_id must be a token id or a list of them, not {given!r}") from None
     return tuple(whole("eos_token_id", token, 0) for token in listed)
 
 
@@ -142,6 +146,8 @@ def _prompts(given: Prompts, mask: Tensor | None, pad: int, vocabulary: int, dev
         raise fail(InputError, "E401", f"input_ids must be (B, P), of at least one token, not {tuple(given.shape)}")
     if given.dtype not in WHOLE:
         raise fail(InputError, "E402", f"input_ids must be whole numbers, not {given.dtype}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise fail(InputError, "E403", f"attention_mask must be a tensor, not {type(mask).__name__}")
     if mask is not None and mask.shape != given.shape:
         message = f"attention_mask must be {tuple(given.shape)} as the tokens are, not {tuple(mask.shape)}"
         raise fail(InputError, "E401", message)
@@ -228,9 +234,11 @@ def _choice(
     generator: torch.Generator | None,
     device: torch.device,
 ) -> Choice:
+    if not isinstance(do_sample, bool):
+        raise fail(InputError, "E403", f"do_sample must be True or False, not {do_sample!r}")
     if not do_sample:
-        given = {"temperature": temperature != 1.0, "top_k": top_k is not None, "top_p": top_p is not None}
-        given["generator"] = generator is not None
+        given = {"top_k": top_k is not None, "top_p": top_p is not None, "generator": generator is not None}
+        given["temperature"] = not (isinstance(temperature, (int, float)) and temperature == 1.0)
         for name in (name for name, is_given in given.items() if is_given):
             raise fail(InputError, "E403", f"{name} needs do_sample=True: without it the likeliest token is taken")
         return lambda logits: logits.argmax(-1)
@@ -239,6 +247,8 @@ def _choice(
     mass = None if top_p is None else number("top_p", top_p, above=0)
     if mass is not None and mass > 1:
         raise fail(InputError, "E403", f"top_p must be at most 1, not {top_p}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise fail(InputError, "E403", f"generator must be a torch.Generator, not {generator!r}")
     if generator is not None and generator.device.type != device.type:
         raise fail(InputError, "E404", f"the model is on {device}, and generator on {generator.device}")
 
@@ -251,10 +261,13 @@ def _choice(
 
 def distribution(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """The probabilities (B, vocabulary), in fp32 or better, from which a token is drawn; see `generate`."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
+    # from the largest, which stays 0: divided by next to nothing, logits of both signs would be infinite
+    tiny = torch.finfo(logits.dtype).tiny
+    logits = (logits - logits.amax(-1, keepdim=True)) / min(max(temperature, tiny), 1 / tiny)
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(descending=False)
         # from the least likely: what may go without leaving less than top_p, but never the last

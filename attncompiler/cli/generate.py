@@ -37,7 +37,7 @@ def generate(
     eos: Annotated[
         list[int] | None, typer.Option(metavar="ID", help="a token that ends the text; several times")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="draw, with this seed")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="draw, with this seed")] = None,
     device: Annotated[str | None, typer.Option(callback=_device, metavar="cpu|cuda", help="where it runs")] = None,
     format: AsFormat = Format.text,
 ) -> None:

@@ -117,6 +117,15 @@ def test_text_for_a_model_of_few_tokens(tmp_path: Path, monkeypatch: pytest.Monk
     assert "E602 small has 31 tokens, fewer than there are bytes" in result.stderr
 
 
+def test_seeds_and_temperatures_at_the_edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made("ids", tmp_path, monkeypatch)
+    arguments = (folder, "--tokens", "1 2", "--max-new-tokens", 4)
+    for seed in (-1, 2**64, 2**70):
+        assert run(*arguments, "--seed", seed).exit_code == 2
+    found = generated(*arguments, "--seed", 2**64 - 1, "--temperature", "1e-300")
+    assert found["tokens"] == expected(folder, [1, 2], 4)
+
+
 @pytest.mark.parametrize("device", ["meta", "tpu"])
 def test_a_device_that_cannot_run(model: str, device: str) -> None:
     assert run(model, "--tokens", "1", "--device", device).exit_code == 2

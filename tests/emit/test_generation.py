@@ -159,6 +159,18 @@ def test_the_distribution_is_hfs(temperature: float, top_k: int | None, top_p: f
     torch.testing.assert_close(found, scores.softmax(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300, 5e-324])
+def test_next_to_no_temperature_is_the_likeliest_token(temperature: float, dtype: torch.dtype) -> None:
+    logits = LOGITS.to(dtype)
+    for top_k, top_p in ((None, None), (5, None), (None, 0.9)):
+        found = generation.distribution(logits, temperature, top_k, top_p)
+        expected = torch.nn.functional.one_hot(logits.argmax(-1), 64)
+        assert torch.equal(found, expected.to(found.dtype))
+    uniform = generation.distribution(logits, 1e300, None, None)
+    torch.testing.assert_close(uniform, torch.full_like(uniform, 1 / 64))
+
+
 @given(st.integers(0, 2**20), st.floats(0.01, 0.99))
 @example(422, 0.9899999999999999)  # all tokens are in it
 def test_the_nucleus_is_the_fewest_tokens_that_reach_its_mass(seed: int, top_p: float) -> None:
@@ -203,7 +215,16 @@ BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "top_p 0": ("E403 top_p", {"do_sample": True, "top_p": 0.0}),
     "top_p above 1": ("E403 top_p", {"do_sample": True, "top_p": 1.5}),
     "an end that is no token": ("E403 token 64 is not one of the model's", {"eos_token_id": [3, 64]}),
-    "padding that is no token": ("E403 token -1 is not one of the model's", {"pad_token_id": -1}),
+    "padding that is no token": ("E403 token 64 is not one of the model's", {"pad_token_id": 64}),
+    "padding below 0": ("E403 pad_token_id must be a whole number", {"pad_token_id": -1}),
+    "padding that is text": ("E403 pad_token_id must be a whole number", {"pad_token_id": "x"}),
+    "padding that is no whole number": ("E403 pad_token_id must be a whole number", {"pad_token_id": 1.5}),
+    "padding that is a boolean": ("E403 pad_token_id must be a whole number", {"pad_token_id": True}),
+    "an end that is a tensor": ("E403 eos_token_id must be a token id or a list", {"eos_token_id": torch.tensor(5)}),
+    "an end that is no whole number": ("E403 eos_token_id must be a token id or a list", {"eos_token_id": 3.0}),
+    "a mask that is a list": ("E403 attention_mask must be a tensor, not list", {"attention_mask": [[1] * 5] * 2}),
+    "a generator that is a seed": ("E403 generator must be a torch", {"do_sample": True, "generator": 3}),
+    "sampling asked for in words": ("E403 do_sample must be True or False, not 'no'", {"do_sample": "no"}),
     "an end that is no number": ("E403 eos_token_id", {"eos_token_id": "x"}),
     "tokens beyond the vocabulary": ("E403 token 64", {"input_ids": X + 64 - int(X.max())}),
     "tokens that are floats": ("E402 input_ids", {"input_ids": X.float()}),
