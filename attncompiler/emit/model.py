@@ -19,6 +19,7 @@ from attncompiler.emit.weights import described
 from attncompiler.errors import InputError, fail
 from attncompiler.planning import Plan
 from attncompiler.planning.planner import not_causal
+from attncompiler.runtime.inputs import whole
 from attncompiler.spec.model import ModelSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -235,18 +236,17 @@ class CompiledModel(Emitted):
         suffice for, and what `dynamic` rotary frequencies follow from, so that a sequence gives in a padded batch what
         it gives alone. They default to `max_length`.
         `device` and `dtype` (of caches; recurrent states are fp32) default to the model's. Raises InputError: E503
-        when a layer cannot be run step by step, E403 for sizes below 1, E401 for more tokens than learned positions,
-        E402 for a dtype that no model has.
+        when a layer cannot be run step by step, E403 for sizes that are not whole numbers from 1 and for a device that
+        is not here, E401 for more tokens than learned positions, E402 for a dtype that no model has.
         """
         self._refuse_step()
-        if batch < 1 or max_length < 1:
-            raise fail(InputError, "E403", f"batch and max_length must be at least 1, not {batch} and {max_length}")
+        batch, max_length = whole("batch", batch, 1), whole("max_length", max_length, 1)
         if lengths is not None and lengths.shape != (batch,):
             raise fail(InputError, "E401", f"lengths must be ({batch},), not {tuple(lengths.shape)}")
         limit = _learned_positions(self.spec) if self.spec else None
         if limit is not None and (longest := max_length if lengths is None else int(lengths.max())) > limit:
             raise no_position(limit, longest)
-        device = torch.device(device) if device is not None else self.device
+        device = _present(device) if device is not None else self.device
         dtype = self.dtype if dtype is None else dtype
         if dtype not in DTYPES:
             raise fail(InputError, "E402", f"dtype must be {', '.join(map(str, DTYPES))}, not {dtype}")
@@ -306,6 +306,15 @@ def _fits(state: Any, empty: Any) -> bool:
         same = isinstance(state, Mapping) and state.keys() == empty.keys()
         return same and all(_fits(state[name], part) for name, part in empty.items())
     return isinstance(state, Tensor) or state is None if empty is None else isinstance(state, int)
+
+
+def _present(device: torch.device | str) -> torch.device:
+    """The device. Raises InputError (E403) unless a tensor can be made there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise fail(InputError, "E403", f"there is no device {str(device)!r} here: {reason}") from None
 
 
 def _mixer(layer: nn.Module) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attncompiler.errors import KernelError
+from attncompiler.errors import InputError, KernelError
 from attncompiler.mechanisms.attention.mechanism import MECHANISM
 from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, as_pattern, attention
 from attncompiler.mechanisms.case import Case, values
@@ -145,6 +145,13 @@ def dropped(share: float, seed: int, T: int = 64, S: int = 96, kernel: str = "ch
     out = attention(q, k, v, pattern="full", dropout=share, dropout_seed=torch.tensor([seed]), kernel=kernel)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2) * S
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8, torch.int32])
+def test_a_dropout_seed_that_is_no_int64_is_refused(dtype: torch.dtype) -> None:
+    q = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(InputError, match=f"E402 dropout_seed must be torch.int64, not {dtype}"):
+        attention(q, q, q, dropout=0.5, dropout_seed=torch.ones(1).to(dtype))
 
 
 @pytest.mark.parametrize("name", ["chunkwise", "eager"])

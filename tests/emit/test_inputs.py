@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,8 +117,8 @@ def test_padding_needs_no_position() -> None:
         torch.testing.assert_close(last[0], alone[0, -1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(0, 4), (1, 0), (-1, 4)])
-def test_a_state_for_nothing_is_refused(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(0, 4), (1, 0), (-1, 4), (1.5, 8), (1, "8"), (True, 8)])
+def test_a_state_for_nothing_is_refused(size: tuple[Any, Any]) -> None:
     with pytest.raises(InputError, match="at least 1") as error:
         made("{positions: none}").init_state(*size)
     assert code(error) == "E403"
@@ -127,6 +128,12 @@ def test_lengths_of_another_batch_are_refused() -> None:
     with pytest.raises(InputError, match=r"lengths must be \(2,\), not \(3,\)") as error:
         made("{positions: none}").init_state(2, 8, lengths=torch.ones(3, dtype=torch.int64))
     assert code(error) == "E401"
+
+
+@pytest.mark.parametrize("device", ["tpu", "cpu:x", "cuda:99", 1.5])
+def test_a_state_where_there_is_no_device_is_refused(device: Any) -> None:
+    with pytest.raises(InputError, match=f"E403 there is no device '{device}' here"):
+        made("{positions: none}").init_state(1, 4, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn])

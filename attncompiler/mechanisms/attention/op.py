@@ -260,6 +260,8 @@ def check(
     )
     if sizes.get("1", 1) != 1:
         raise fail(InputError, "E401", f"dropout_seed is one number, not {sizes['1']}")
+    if dropout_seed is not None and dropout_seed.dtype != torch.int64:
+        raise fail(InputError, "E402", f"dropout_seed must be torch.int64, not {dropout_seed.dtype}")
     check_device(tensors)
     tensors = check_dtypes(tensors, OPERATOR.low_precision, ("sinks", "alibi_slopes"))
     if sizes["H"] % sizes["K"]:
