@@ -1,4 +1,8 @@
-"""Linformer's spec fields and kernels."""
+"""Linformer's spec fields and kernels.
+
+Its projection mixes all positions of a sequence before a query meets any, so no mask can keep packed documents apart
+afterwards: segment_ids are refused (E403). Give each document a row of its own, with attention_mask.
+"""
 
 from __future__ import annotations
 
