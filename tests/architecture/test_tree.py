@@ -59,3 +59,17 @@ def test_failures_are_caught_in_one_place() -> None:
                 if caught is None or (isinstance(caught, ast.Name) and caught.id in ("Exception", "BaseException")):
                     found.add(str(path.relative_to(ROOT / "attncompiler")))
     assert found == {"runtime/dispatch.py", "testing/fuzz.py"}
+
+
+def test_a_kernel_has_the_sizes_that_its_cost_reckons_with() -> None:
+    """A name has its value in cost.py alone, and kernels import it: two values would drift apart unseen."""
+
+    def assigned(path: Path) -> set[str]:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+        return {target.id for target in targets if isinstance(target, ast.Name)}
+
+    for cost in sorted((ROOT / "attncompiler" / "mechanisms").glob("*/cost.py")):
+        for kernel in sorted(cost.parent.glob("kernels/*.py")):
+            twice = assigned(cost) & assigned(kernel)
+            assert not twice, f"{kernel}: {twice}"

@@ -12,7 +12,7 @@ from attncompiler.mechanisms.linformer.mechanism import LinformerPolicy
 
 FP32 = 4
 SCORES = 2**20
-"""probabilities that the kernel's backward holds at once"""
+"""probabilities, over all heads, that the kernel's backward holds at once"""
 
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:

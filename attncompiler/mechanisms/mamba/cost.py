@@ -11,7 +11,7 @@ from attncompiler.mechanisms.mamba.mechanism import MambaPolicy
 
 FP32 = 4
 BUFFER_ELEMENTS = 2**19
-"""of a chunk's states in the chunkwise kernel"""
+"""of a chunk's states in the chunkwise kernel: some megabytes"""
 
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from attncompiler.mechanisms.mamba2.mechanism import Mamba2Policy
 
 FP32 = 4
 CHUNK = 64
+"""tokens of a chunk of the chunkwise kernel at most"""
 BLOCK_ELEMENTS = 2**19
-"""of a block's scores in the chunkwise kernel, and the most tokens of one chunk"""
+"""of a block's scores there: some megabytes"""
 
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:

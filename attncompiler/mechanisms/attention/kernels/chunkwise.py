@@ -19,6 +19,7 @@ from torch import Tensor
 from attncompiler.blocks.underflow import LOG2_E, exp2_
 from attncompiler.mechanisms.attention import one_query, residues, sinks
 from attncompiler.mechanisms.attention.dropout import kept
+from attncompiler.mechanisms.attention.one_query import LOWEST
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.tiles import Block, Tile, View, blocks, parts
 from attncompiler.runtime.implementation import Implementation, Tensors
@@ -28,8 +29,6 @@ KEYS = 512
 TILE = 2**22
 """Scores that are held at once, when one sequence does not already need more: larger batches go in parts."""
 
-LOWEST = -1e30
-"""A score in base 2 that stands for −∞ where −∞ − (−∞) would be no number; below every score there is."""
 LEAST, MOST = 2.0**-30, 2.0**60
 """Sums of weights whose largest was not divided out, in which nothing has been lost: neither to weights of less than
 2**-100, which count as none, nor to the end of fp32 when values are added up by them."""

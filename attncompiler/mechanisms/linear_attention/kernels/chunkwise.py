@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from attncompiler.blocks.underflow import LOG2_E, exp2_
+from attncompiler.mechanisms.linear_attention.cost import CHUNK, SPAN
 from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
 from attncompiler.mechanisms.linear_attention.spans import Tokens
 from attncompiler.mechanisms.linear_attention.sums import State, Sums, scaled, sums_of
 from attncompiler.mechanisms.linear_attention.sums_backward import Above, sums_backward
 from attncompiler.runtime.implementation import Implementation, Tensors
-
-CHUNK = 64
-SPAN = 16 * CHUNK
 
 
 def forward(inputs: Tensors, options: LinearAttentionOptions) -> dict[str, Tensor]:

@@ -12,12 +12,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attncompiler.blocks.underflow import flush_
+from attncompiler.mechanisms.linformer.cost import SCORES
 from attncompiler.mechanisms.linformer.op import LinformerOptions
 from attncompiler.mechanisms.linformer.padding import columns, query_mask
 from attncompiler.runtime.implementation import Implementation, Tensors
-
-SCORES = 2**20
-"""Probabilities, over all heads, that the backward holds at once."""
 
 
 def forward(inputs: Tensors, options: LinformerOptions) -> dict[str, Tensor]:

@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attncompiler.blocks.segments import run_numbers
+from attncompiler.mechanisms.mamba.cost import BUFFER_ELEMENTS
 from attncompiler.mechanisms.mamba.op import MambaOptions
 from attncompiler.runtime.implementation import Implementation, Tensors
-
-BUFFER_ELEMENTS = 2**19
-"""of a chunk's states: some megabytes"""
 
 
 @dataclass(frozen=True, slots=True)

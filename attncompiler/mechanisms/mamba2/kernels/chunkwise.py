@@ -21,12 +21,9 @@ from torch import Tensor
 
 from attncompiler.blocks.segments import run_numbers
 from attncompiler.blocks.underflow import LOG2_E, exp2_
+from attncompiler.mechanisms.mamba2.cost import BLOCK_ELEMENTS, CHUNK
 from attncompiler.mechanisms.mamba2.op import Mamba2Options
 from attncompiler.runtime.implementation import Implementation, Tensors
-
-CHUNK = 64
-BLOCK_ELEMENTS = 2**19
-"""of a block's scores: some megabytes"""
 
 
 @dataclass(frozen=True, slots=True)
