@@ -59,14 +59,16 @@ class Verdict:
 def oracle(exact: Results, low_error: Results, inputs: Results, dtype: torch.dtype) -> Oracle:
     """The oracle of a call of `dtype` with these exact results, low errors and inputs.
 
-    The input scale is the largest magnitude in a floating input: by so much can one product amplify a rounding error.
+    The input scale is the largest finite magnitude in a floating input: by so much can one product amplify a rounding
+    error. An infinite input (the logarithm of favor's empty state) amplifies none.
     Raises ValueError when an exact result is NaN: such a call cannot judge anything.
     """
     for name, tensor in exact.items():
         if tensor.isnan().any():
             raise ValueError(f"the reference gives NaN in {name}")
     largest = max((rms(tensor) for tensor in exact.values()), default=0.0)
-    input_scale = max((_largest(t.abs()) for t in inputs.values() if t.is_floating_point()), default=0.0)
+    floating = (tensor for tensor in inputs.values() if tensor.is_floating_point())
+    input_scale = max((_largest(tensor[tensor.isfinite()].abs()) for tensor in floating), default=0.0)
     scale = largest * max(1.0, input_scale)
     return Oracle(exact, low_error, torch.finfo(dtype).eps, scale)
 

@@ -84,10 +84,10 @@ FAULTS = (
         "            seen = seen & ((pair[0] - pair[1] != window - 1) | (pair[1] < self.pattern.global_tokens))\n",
     ),
     Fault(
-        "the ranges of a window one key short",
+        "a stride that misses its farthest block",
         f"{ATTENTION}.intervals",
-        "else (first - window + 1, last + window)",
-        "else (first - window + 2, last + window)",
+        "lowest = -(k // stride)",
+        "lowest = 1 - k // stride",
     ),
     Fault(
         "a softcap dropped",

@@ -132,7 +132,7 @@ def _make(draw: st.DrawFn, T: int, S: int | None) -> Case:
 
 # --- policies -----------------------------------------------------------------------------------------------------
 
-_blocks, _few, _many = st.integers(1, 8), st.integers(0, 4), st.integers(1, 24)
+_blocks, _few, _many = st.integers(1, 8), st.integers(0, 4), st.integers(1, 8) | st.integers(1, 24)
 _causal = {"causal": st.booleans()}
 PATTERN_OPTIONS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "causal": ({}, {}),
