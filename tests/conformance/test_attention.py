@@ -111,6 +111,28 @@ def test_grouped_heads_are_repeated_heads(by: str, pattern: Any) -> None:
         close(got, expected)
 
 
+# --- linear biases ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["chunkwise", "eager"])
+@pytest.mark.parametrize("pattern", ["causal", "full"])
+@pytest.mark.parametrize("queries", [17, 1])
+def test_linear_biases_take_slope_times_distance_from_the_scores(by: str, pattern: str, queries: int) -> None:
+    """softmax(q·k / √D − slope · |i − j|) v, outputs and gradients, of all queries and of the last one alone."""
+    q, k, v = leaves = tensors(2, 17, 17)
+    slopes = torch.tensor([0.03, 0.2, 0.7, 1.5], dtype=torch.float64)
+    i, j = torch.arange(17)[-queries:, None], torch.arange(17)
+    scores = torch.einsum("bihd,bjhd->bhij", q[:, -queries:], k.repeat_interleave(2, 2)) / 8**0.5
+    scores = scores - slopes[:, None, None] * (i - j).abs()
+    if pattern == "causal":
+        scores = scores.masked_fill(j > i, -torch.inf)
+    expected = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v.repeat_interleave(2, 2))
+    out = attention(q[:, -queries:], k, v, pattern=pattern, alibi_slopes=slopes, kernel=by)
+    close(out, expected)
+    for got, grad in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
+        close(got, grad)
+
+
 # --- empty rows and the lse -------------------------------------------------------------------------------------------
 
 

@@ -114,12 +114,13 @@ def softmax_attention(
     scale: float | None = None,
     normed: tuple[Turn, Turn] = (unchanged, unchanged),
     turn: Turn = unchanged,
+    bias: Tensor | float = 0.0,
 ) -> Tensor:
     q = heads(mixer.q_proj, x, counts[0])
     k, v = (heads(module, x, counts[1]) for module in (mixer.k_proj, mixer.v_proj))
     q, k = turn(normed[0](q)), turn(normed[1](k))
     k, v = (each.repeat_interleave(counts[0] // counts[1], 1) for each in (k, v))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) + bias
     return merged(mixer.o_proj, scores.masked_fill(~seen, -math.inf).softmax(-1) @ v)
 
 
@@ -162,6 +163,16 @@ def test_attention_scales_and_shapes_its_heads(
 def test_attention_sees_what_its_pattern_says(pattern: str, seen: Tensor) -> None:
     mixer, x, out = run(f"{ATTENTION}, pattern: {pattern}")
     torch.testing.assert_close(out, softmax_attention(mixer, x, seen))
+
+
+@pytest.mark.parametrize("kernel", ["chunkwise", "eager"])
+@pytest.mark.parametrize("pattern", ["causal", "full"])
+def test_alibi_lowers_the_scores_of_keys_that_are_far(pattern: str, kernel: str) -> None:
+    """By slope · |i − j|: 1/4, 1/16, 1/64 and 1/256 are the paper's slopes for four heads."""
+    mixer, x, out = run(f"{ATTENTION}, alibi: true, pattern: {{kind: {pattern}}}, kernel: {kernel}")
+    slopes = torch.tensor([4.0, 16.0, 64.0, 256.0], dtype=torch.float64).reciprocal()
+    seen = CAUSAL if pattern == "causal" else CAUSAL | True
+    torch.testing.assert_close(out, softmax_attention(mixer, x, seen, bias=-slopes[:, None, None] * DISTANCE))
 
 
 @pytest.mark.parametrize("turn", [True, False])
