@@ -25,6 +25,7 @@ H, K, D = 4, 2, 8
 CAUSAL = PATTERNS.filter(lambda pattern: pattern.causal)
 FORGETTING = CAUSAL.filter(lambda pattern: retained(pattern).recent is not None)
 KERNELS = ("sdpa", "chunkwise", "eager")
+SCORES = ("alibi_slopes", "sinks", "softcap")
 CONTEXT = MixerContext(K * D, 0, 1, 64, 1e-5, KERNELS)
 
 
@@ -35,8 +36,9 @@ def empty(pattern: Pattern, batch: int, max_length: int, dtype: torch.dtype = to
     return state.init_state(policy, CONTEXT, batch, max_length, torch.device("cpu"), dtype)
 
 
-def site(pattern: Pattern, kernel: str) -> AttentionSite:
-    return AttentionSite("attention", (kernel,), op.AttentionOptions(pattern=pattern), label="site", on_failure="raise")
+def site(pattern: Pattern, kernel: str, softcap: float | None = None) -> AttentionSite:
+    options = op.AttentionOptions(pattern=pattern, softcap=softcap)
+    return AttentionSite("attention", (kernel,), options, label="site", on_failure="raise")
 
 
 def inputs(batch: int, length: int, seed: int) -> dict[str, Tensor]:
@@ -44,24 +46,26 @@ def inputs(batch: int, length: int, seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(batch, length, H if name == "q" else K, D, generator=generator) for name in "qkv"}
 
 
-def by_row(pattern: Pattern, tensors: dict[str, Tensor], real: Tensor, grad: Tensor, dtype: torch.dtype) -> Results:
+def by_row(decode: dict[str, Any], tensors: dict[str, Tensor], grad: Tensor, dtype: torch.dtype) -> Results:
     """The reference on each sequence alone, without its padding; padding gives 0."""
     leaves = {name: tensor.detach().to(dtype, copy=True).requires_grad_() for name, tensor in tensors.items()}
     out = torch.zeros(grad.shape, dtype=dtype) + 0 * leaves["q"]
-    for b, row in enumerate(real):
+    options = {"pattern": decode["pattern"], "softcap": decode["softcap"], "kernel": "eager"}
+    for b, row in enumerate(decode["real"]):
         if row.any():
-            alone = {name: tensor[b, row][None] for name, tensor in leaves.items()}
-            found = op.attention(**alone, pattern=pattern, kernel="eager")
+            alone = {name: leaf[b, row][None] if leaf.dim() == 4 else leaf for name, leaf in leaves.items()}
+            found = op.attention(**alone, **options)
             out = out.index_put((torch.tensor(b), row.nonzero()[:, 0]), found[0])
-    found = torch.autograd.grad((out * grad.to(dtype)).sum(), list(leaves.values()), allow_unused=True)
+    learned = {name: leaf for name, leaf in leaves.items() if name != "alibi_slopes"}
+    found = torch.autograd.grad((out * grad.to(dtype)).sum(), list(learned.values()), allow_unused=True)
     grads = {
-        f"grad {n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), found, strict=True)
+        f"grad {n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(learned.items(), found, strict=True)
     }
     return {"out": out.detach().double(), **{name: each.double() for name, each in grads.items()}}
 
 
-def assert_same(found: Results, pattern: Pattern, tensors: dict[str, Tensor], real: Tensor, grad: Tensor) -> None:
-    exact, low = (by_row(pattern, tensors, real, grad, dtype) for dtype in (torch.float64, torch.float32))
+def assert_same(found: Results, decode: dict[str, Any], tensors: dict[str, Tensor], grad: Tensor) -> None:
+    exact, low = (by_row(decode, tensors, grad, dtype) for dtype in (torch.float64, torch.float32))
     errors = {name: (low[name] - exact[name]).abs() for name in exact}
     judged = oracle(exact, errors, tensors, torch.float32)
     wanted = judged if len(found) > 1 else oracle({"out": exact["out"]}, {"out": errors["out"]}, tensors, torch.float32)
@@ -70,7 +74,7 @@ def assert_same(found: Results, pattern: Pattern, tensors: dict[str, Tensor], re
 
 @st.composite
 def decodes(draw: st.DrawFn) -> dict[str, Any]:
-    """A pattern, and a batch of sequences in pieces; with `real` (B, T) where padding may lie anywhere."""
+    """A pattern, what is done to scores, and a batch of sequences in pieces; `real` (B, T), with padding anywhere."""
     length, batch = draw(st.integers(1, 40)), draw(st.integers(1, 3))
     cuts = draw(st.sets(st.integers(1, length), max_size=6))
     by_one = draw(st.integers(0, length))
@@ -80,9 +84,12 @@ def decodes(draw: st.DrawFn) -> dict[str, Any]:
         real = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < draw(
             st.sampled_from([0.2, 0.8])
         )
+    scores = draw(st.sampled_from([(), ("alibi_slopes",), ("sinks",), ("softcap",), SCORES]))
     return {
         "pattern": draw(CAUSAL),
-        "kernel": draw(st.sampled_from(KERNELS)),
+        "kernel": draw(st.sampled_from(KERNELS if set(scores) <= {"sinks"} else ("chunkwise", "eager"))),
+        "softcap": 2.0 if "softcap" in scores else None,
+        "scores": [name for name in scores if name != "softcap"],
         "bounds": sorted({0, *cuts, *range(by_one, length), length}),
         "real": real,
         "room": draw(st.integers(0, 30)),
@@ -90,39 +97,61 @@ def decodes(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def given_to(decode: dict[str, Any]) -> dict[str, Tensor]:
+    """q, k, v of the whole batch, and sinks and slopes where there are some."""
+    (batch, length), seed = decode["real"].shape, decode["seed"]
+    generator = torch.Generator().manual_seed(seed + 2)
+    return inputs(batch, length, seed) | {name: torch.rand(H, generator=generator) for name in decode["scores"]}
+
+
 def run(decode: dict[str, Any], tensors: dict[str, Tensor], cache: dict[str, Any]) -> Tensor:
     """All pieces of a decode; a mask is given where there is padding in the piece."""
-    made = site(decode["pattern"], decode["kernel"])
+    made = site(decode["pattern"], decode["kernel"], decode["softcap"])
+    scores = {name: tensors[name] for name in decode["scores"]}
     outs = []
     for start, stop in pairwise(decode["bounds"]):
         mask = decode["real"][:, start:stop]
-        piece = {name: tensor[:, start:stop] for name, tensor in tensors.items()}
+        piece = {name: tensors[name][:, start:stop] for name in "qkv"}
         if bool(mask.all()):
-            out, cache = made(**piece, state=cache)
+            out, cache = made(**piece, **scores, state=cache)
         else:
             # what padding holds is nobody's business
             dirty = {n: torch.where(mask[..., None, None], t, torch.full_like(t, torch.nan)) for n, t in piece.items()}
-            out, cache = made(**dirty, attention_mask=mask, state=cache)
+            out, cache = made(**dirty, **scores, attention_mask=mask, state=cache)
         outs.append(out)
     return torch.cat(outs, 1)
 
 
+def in_pieces(pattern: Pattern, scores: tuple[str, ...], length: int = 20) -> dict[str, Any]:
+    """A decode by one token at a time, without padding."""
+    real = torch.ones(2, length, dtype=torch.bool)
+    given = {"pattern": pattern, "kernel": "chunkwise", "softcap": None, "scores": scores, "real": real}
+    return {**given, "bounds": list(range(length + 1)), "room": 0, "seed": 0}
+
+
 @given(decodes())
+@example(in_pieces(SlidingWindow(window=5, global_tokens=2), ("alibi_slopes",)))
+@example(in_pieces(LocalGlobal(block_size=3, local_blocks=1, global_blocks=1), ("alibi_slopes",)))
+@example(in_pieces(Chunked(chunk=6), ("alibi_slopes", "sinks")))
 def test_in_pieces_it_is_each_sequence_alone(decode: dict[str, Any]) -> None:
     """Outputs where the cache is written in place, outputs and gradients where autograd forbids that."""
     batch, length = decode["real"].shape
-    tensors = inputs(batch, length, decode["seed"])
+    tensors = given_to(decode)
     grad = torch.randn(batch, length, H, D, generator=torch.Generator().manual_seed(decode["seed"] + 1))
     cache = empty(decode["pattern"], batch, length + decode["room"])
     with torch.no_grad():
         out = run(decode, tensors, cache)
-    assert_same({"out": out}, decode["pattern"], tensors, decode["real"], grad)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    assert_same({"out": out}, decode, tensors, grad)
+    leaves = {name: tensor.clone().requires_grad_(name != "alibi_slopes") for name, tensor in tensors.items()}
     cache = empty(decode["pattern"], batch, length + decode["room"])
     out = run(decode, leaves, cache)
     (out * grad).sum().backward()
-    grads = {f"grad {name}": tensor.grad for name, tensor in leaves.items()}
-    assert_same({"out": out.detach(), **grads}, decode["pattern"], tensors, decode["real"], grad)
+    grads = {
+        f"grad {name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for name, leaf in leaves.items()
+        if leaf.requires_grad
+    }
+    assert_same({"out": out.detach(), **grads}, decode, tensors, grad)
     assert not cache["k"].any()  # what was given is untouched where a gradient may need it
 
 
