@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tracemalloc
 from collections import Counter
 from typing import Any
 
@@ -13,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attncompiler.bench.measure import Work, peak_bytes
 from attncompiler.mechanisms.attention.block_lists import BlockLists, TileList, block_lists
 from attncompiler.mechanisms.attention.cases import PATTERNS
 from attncompiler.mechanisms.attention.intervals import seen_by_all, seen_by_some
@@ -76,19 +76,28 @@ def test_block_lists_equal_the_dense_mask(
     assert torch.equal(as_mask(lists.partial_transposed, columns, rows), (some & ~every).T)
 
 
+MILLION, WINDOW, GLOBALS, BLOCK = 2**20, 4096, 64, 128
+
+
+def listing(tokens: int) -> Work:
+    """What lists the window's blocks of so many tokens; a function of this module, for a process of its own."""
+    pattern = SlidingWindow(window=WINDOW, global_tokens=GLOBALS)
+    return lambda: block_lists(pattern, tokens, tokens, tile_q=BLOCK, tile_k=BLOCK)
+
+
 def test_a_million_tokens_are_listed_without_a_mask() -> None:
     """1,048,576 tokens, window 4096, 64 globals, blocks of 128: what is kept is counted, and held in megabytes."""
-    T, W, block = 2**20, 4096, 128
-    tracemalloc.start()
-    lists = block_lists(SlidingWindow(window=W, global_tokens=64), T, T, tile_q=block, tile_k=block)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    n, reach = T // block, W // block
+    lists = listing(MILLION)()
+    n, reach = MILLION // BLOCK, WINDOW // BLOCK
     # the diagonal, the tile that the window begins in, and the globals' half tile where it is neither
     assert len(lists.partial) == n + (n - reach) + (n - 1 - reach)
     assert len(lists.full) == sum(min(row, reach - 1) for row in range(n))
-    assert peak < 100 * 2**20
     assert sum(tensor.nbytes for tensor in tensors_of(lists)) < 8 * 2**20
+
+
+def test_listing_a_million_tokens_takes_megabytes() -> None:
+    """By how much the resident memory of a process rises, whoever allocates: not a byte for each pair of tiles."""
+    assert peak_bytes(listing, (MILLION,), small=(2**14,)) < (MILLION // BLOCK) ** 2
 
 
 def tensors_of(lists: BlockLists) -> list[Tensor]:
