@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from attncompiler import spec as specs
 from attncompiler.emit import CompiledModel
+from attncompiler.mechanisms.attention.pattern import Random
+from attncompiler.mechanisms.attention.visibility import pattern_visible
 from attncompiler.mechanisms.base import discover
 from attncompiler.mechanisms.mamba2.op import Mamba2Options
 from attncompiler.pipeline import build
@@ -28,8 +30,8 @@ EPS = 0.5
 Turn = Callable[[Tensor], Tensor]
 
 
-def compiled(*policies: str, extra: str = "", dtype: torch.dtype = torch.float64) -> CompiledModel:
-    written = text(*policies, extra=extra, layers=1, model="mlp: {kind: none}").replace(
+def compiled(*policies: str, extra: str = "", dtype: torch.dtype = torch.float64, layers: int = 1) -> CompiledModel:
+    written = text(*policies, extra=extra, layers=layers, model="mlp: {kind: none}").replace(
         "  hidden_size: 32", f"  hidden_size: 32\n  norm: {{eps: {EPS}}}"
     )
     return build(specs.parse(written), device="cpu", dtype=dtype)
@@ -163,6 +165,22 @@ def test_attention_scales_and_shapes_its_heads(
 def test_attention_sees_what_its_pattern_says(pattern: str, seen: Tensor) -> None:
     mixer, x, out = run(f"{ATTENTION}, pattern: {pattern}")
     torch.testing.assert_close(out, softmax_attention(mixer, x, seen))
+
+
+def test_each_layer_of_a_random_pattern_draws_blocks_of_its_own() -> None:
+    """Two layers of equal weights see what the pattern shows layers 0 and 1, which is not the same."""
+    pattern = Random(block_size=1, random_blocks=2)
+    layers = compiled(f"{{{ATTENTION}, pattern: {{kind: random, block_size: 1, random_blocks: 2}}}}", layers=2).layers
+    layers["1"].load_state_dict(layers["0"].state_dict())
+    hidden = torch.randn(2, 11, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    outs = []
+    for number, layer in enumerate(layers.values()):
+        i = torch.arange(11)
+        seen = pattern_visible(pattern, i[:, None], i, layer=number)
+        with torch.no_grad():
+            outs.append(layer(hidden)[0] - hidden)
+            torch.testing.assert_close(outs[-1], softmax_attention(layer.mixer, layer.mixer_norm(hidden), seen))
+    assert not torch.allclose(*outs)
 
 
 @pytest.mark.parametrize("kernel", ["chunkwise", "eager"])
