@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attncompiler.emit import CompiledModel
+from attncompiler.testing.capture import recorded
 
 DROPPING = "{kind: attention, num_attention_heads: 4, attention_dropout: 0.5, sinks: true}"
 KEEPING = DROPPING.replace("0.5", "0.0")
@@ -35,6 +36,33 @@ def test_a_seed_repeats_a_training_step() -> None:
     assert torch.equal(first, again)
     torch.testing.assert_close(gradients(built), grads, rtol=0, atol=0)
     assert not torch.equal(loss(built, 2), first)
+
+
+def test_the_share_that_is_dropped_is_the_policys() -> None:
+    """Every site asks its operator for it in training, and for none in evaluation."""
+    for policy, share in ((DROPPING, 0.5), (DROPPING.replace("0.5", "0.125"), 0.125), (KEEPING, 0.0)):
+        built = model(policy)
+        for training in (True, False):
+            with torch.no_grad(), recorded() as seen:
+                built.train(training)(tokens())
+            assert [call.case.options.dropout for call in seen.calls] == [share if training else 0.0] * 2
+
+
+def test_that_share_of_the_probabilities_is_dropped() -> None:
+    """Values of 1 under a single probability of 1: a head gives 0, or 1 over the share that is kept."""
+    built = model(DROPPING.replace("0.5", "0.25").replace("sinks: true", "attention_bias: all"), layers=1).train()
+    mixer = built.layers["0"].mixer
+    torch.manual_seed(0)
+    with torch.no_grad():
+        mixer.v_proj.weight.zero_()
+        mixer.v_proj.bias.fill_(1)
+        mixer.o_proj.weight.copy_(torch.eye(32))
+        mixer.o_proj.bias.zero_()
+        out = mixer(torch.zeros(1000, 1, 32))[0][..., ::8]
+    kept = out > 0
+    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 4 / 3))
+    assert not out[~kept].any()
+    assert abs(float(kept.float().mean()) - 0.75) < 4 * (0.25 * 0.75 / out.numel()) ** 0.5
 
 
 def test_layers_drop_otherwise() -> None:
