@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import time
@@ -161,6 +162,11 @@ def test_explain_says_chains_refusals_and_whether_training_fits(spec: Path) -> N
     ):
         assert words in text
     assert "small on cpu" not in good("explain", spec, "--target", "t4", "--target", "l4")
+
+
+def test_explain_says_what_share_of_all_pairs_a_layer_sees(spec: Path) -> None:
+    """Ten tokens that see four each, but for the first three: 34 of 100 pairs."""
+    assert re.search(r"sliding_window,\s.*\b34%", good("explain", spec, "--seq-len", 10), re.DOTALL)
 
 
 def test_explain_for_machines(spec: Path) -> None:

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from small_specs import NAMES, example, small
 
 from attncompiler import pipeline, targets
 from attncompiler.errors import PlanError, SpecError, UsageError
+from attncompiler.mechanisms.attention.visibility import visible
 from attncompiler.planning import plan
 from attncompiler.planning.cost import Memory, model_cost
 from attncompiler.planning.explanation import _devices, explain
@@ -35,6 +37,36 @@ def test_an_explanation_is_json_and_covers_every_layer_once(name: str) -> None:
             indices += range(int(first), int(last or first) + 1)
     assert sorted(indices) == list(range(len(spec.resolved_layers)))
     assert sum(layer["count"] for layer in data["layers"]) == len(indices)
+
+
+@pytest.mark.parametrize("tokens", [24, 48])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{kind: causal}",
+        "{kind: full}",
+        "{kind: sliding_window, window: 5, global_tokens: 2}",
+        "{kind: sliding_window, window: 5, causal: false}",
+        "{kind: strided, stride: 3, window: 2, block_size: 2}",
+        "{kind: local_global, block_size: 4, local_blocks: 2, global_blocks: 1}",
+        "{kind: random, block_size: 4, random_blocks: 1, global_blocks: 1, causal: false}",
+        "{kind: chunked, chunk: 7}",
+    ],
+)
+def test_the_density_is_the_masks(pattern: str, tokens: int) -> None:
+    """The share of all pairs that the layer sees, of that many tokens."""
+    spec = small(f"{{kind: attention, num_attention_heads: 4, pattern: {pattern}}}")
+    [layer] = pipeline.explain(spec, target="cpu", seq_len=tokens)["cpu"]["layers"]
+    policy = spec.resolved_layers[0].policy
+    empty = torch.zeros(1, tokens, 1, 1)
+    seen = visible({"q": empty, "k": empty}, policy.pattern).expand(1, tokens, tokens)
+    assert layer["pattern"] == policy.pattern.kind
+    assert layer["density"] == int(seen.sum()) / tokens**2
+
+
+def test_a_mixer_without_a_pattern_has_no_density() -> None:
+    [layer] = pipeline.explain(small("{kind: mamba}"), target="cpu", seq_len=24)["cpu"]["layers"]
+    assert (layer["pattern"], layer["density"]) == (None, None)
 
 
 def test_layers_add_up_to_the_model() -> None:
