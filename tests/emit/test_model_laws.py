@@ -143,6 +143,29 @@ def test_a_compiled_step_is_not_compiled_at_every_step(batch: int) -> None:
     assert not any(compiles[10:])
 
 
+@pytest.mark.slow
+def test_a_step_through_inductor_is_a_step() -> None:
+    """A prompt with padding, one without, and single tokens behind either, in turns with eager ones."""
+    models = _, built = pair(*(MIXERS[kind] for kind in ("window", "chunked", "performer", "mamba", "mamba2")))
+    x = tokens(2, 16)
+    mask = torch.ones(2, 16, dtype=torch.int64)
+    mask[1, :3] = 0
+    for given in (None, mask):
+
+        def plain(model: CompiledModel, given: Tensor | None = given) -> dict[str, Tensor]:
+            return {"out": stepped(model, x, [8, *[1] * 8], given)}
+
+        state, found = built.init_state(2, 16), []
+        with torch.no_grad():
+            exact, low = (as_doubles(plain(model)) for model in models)
+            for number, piece in enumerate(x.split([8, *[1] * 8], 1)):
+                step = built.step if number % 4 == 3 else built.compiled_step
+                masked = None if given is None else given[:, state["seen"] : state["seen"] + piece.shape[1]]
+                logits, state = step(piece, state, masked)
+                found.append(logits)
+        assert not over_budget({"out": torch.cat(found, 1)}, exact, low, ["out"])
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_packed_documents_are_separate_documents(kind: str) -> None:
     a, b = tokens(1, 7), tokens(1, 12, seed=1)
