@@ -177,30 +177,30 @@ def projected(seed: int, R: int, D: int = 5, orthogonal: bool = True) -> Tensor:
     return random_projection(R, D, orthogonal, torch.Generator().manual_seed(seed)).double()
 
 
-def performer(q: np.ndarray, k: np.ndarray, v: np.ndarray, w: np.ndarray, causal: bool, eps: float) -> np.ndarray:
-    """Equations 5, 7 and 13 of the paper for one head: q, k (T, D), v (T, V), w (R, D)."""
+def performer(q: Tensor, k: Tensor, v: Tensor, w: Tensor, causal: bool, eps: float) -> Tensor:
+    """Equations 5, 7 and 13 of the paper: q, k (B, H, T, D), v (B, H, T, V), w (R, D)."""
     R, D = w.shape
 
-    def features(x: np.ndarray) -> np.ndarray:
+    def features(x: Tensor) -> Tensor:
         x = x / D**0.25
-        return np.exp(x @ w.T - (x**2).sum(-1, keepdims=True) / 2) / np.sqrt(R)
+        return torch.exp(x @ w.T - x.square().sum(-1, keepdim=True) / 2) / math.sqrt(R)
 
-    weights = features(q) @ features(k).T
-    weights = np.tril(weights) if causal else weights
-    return weights @ v / (weights.sum(-1, keepdims=True) + eps)
+    weights = features(q) @ features(k).mT
+    weights = weights.tril() if causal else weights
+    return weights @ v / (weights.sum(-1, keepdim=True) + eps)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @settings(max_examples=30)
 @given(seed=SEEDS, T=st.integers(1, 140), R=st.sampled_from([1, 6, 33]), causal=st.booleans())
 def test_favor_is_the_papers_formula(name: str, seed: int, T: int, R: int, causal: bool) -> None:
-    q, k, v = tensors(seed, T)
+    """Outputs, and gradients by autograd's way through the formula."""
+    leaves = [x.requires_grad_() for x in tensors(seed, T)]
     w = projected(seed, R)
-    out = linear_attention(q, k, v, feature_map="favor", projection=w, causal=causal, eps=1e-3, kernel=name)
-    for b in range(2):
-        for h in range(2):
-            expected = performer(*(x[b, :, h].numpy() for x in (q, k, v)), w.numpy(), causal, 1e-3)
-            torch.testing.assert_close(out[b, :, h], torch.from_numpy(expected))
+    out = linear_attention(*leaves, feature_map="favor", projection=w, causal=causal, eps=1e-3, kernel=name)
+    expected = performer(*(x.transpose(1, 2) for x in leaves), w, causal, 1e-3).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sin().sum(), leaves) for x in (out, expected)))
 
 
 @pytest.mark.parametrize("name", KERNELS)

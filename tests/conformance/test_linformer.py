@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -30,11 +29,10 @@ def tensors(seed: int, T: int, P: int, R: int = 4, per_head: bool = False) -> li
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def written_down(q: np.ndarray, k: np.ndarray, v: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """softmax(q (E k)ᵀ / √D) (F v), equation 7 of the paper for one head."""
-    scores = q @ (keys @ k).T / np.sqrt(q.shape[-1])
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True) @ (values @ v)
+def written_down(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """softmax(q (E k)ᵀ / √D) (F v), equation 7 of the paper: q, k, v (B, H, T, D), E and F (R, T) or (H, R, T)."""
+    scores = q @ (keys @ k).mT / q.shape[-1] ** 0.5
+    return scores.softmax(-1) @ (values @ v)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -42,15 +40,14 @@ def written_down(q: np.ndarray, k: np.ndarray, v: np.ndarray, keys: np.ndarray, 
 def test_each_sharing_of_projections_is_the_papers_formula(
     name: str, seed: int, T: int, per_head: bool, shared: bool
 ) -> None:
-    """A projection for each head, or one for all; and of keys and values the same, or not."""
-    q, k, v, keys, values = tensors(seed, T, T, per_head=per_head)
-    values = keys if shared else values
-    out = linformer(q, k, v, keys, values, kernel=name)
-    for b in range(2):
-        for h in range(3):
-            mine = (x[h] if per_head else x for x in (keys, values))
-            expected = written_down(*(x.numpy() for x in (q[b, :, h], k[b, :, h], v[b, :, h], *mine)))
-            torch.testing.assert_close(out[b, :, h], torch.from_numpy(expected))
+    """A projection for each head, or one for all; and of keys and values the same, or not. Gradients by autograd."""
+    *leaves, keys, values = (x.requires_grad_() for x in tensors(seed, T, T, per_head=per_head))
+    projections = (keys, keys) if shared else (keys, values)
+    out = linformer(*leaves, *projections, kernel=name)
+    expected = written_down(*(x.transpose(1, 2) for x in leaves), *projections).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    leaves += projections[:1] if shared else projections
+    torch.testing.assert_close(*(torch.autograd.grad(x.sin().sum(), leaves) for x in (out, expected)))
 
 
 @pytest.mark.parametrize("name", KERNELS)
