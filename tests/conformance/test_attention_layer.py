@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_layers import assert_same
+from hf_layers import assert_same, widened
 from torch import Tensor, nn
 
 from attncompiler.mechanisms.attention.layer import Attention
@@ -37,7 +37,7 @@ def layer(kernel: str, max_position_embeddings: int = 64, **options: Any) -> Att
         on_failure="raise",
     )
     policy = {"kind": "attention", "num_attention_heads": 4, "rope_parameters": {}, **options}
-    made = Attention(AttentionPolicy(**policy), context)
+    made = Attention(AttentionPolicy(**policy), context).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -53,7 +53,8 @@ def of_hf(name: str, **options: Any) -> nn.Module:
     sizes |= {"max_position_embeddings": 64, "pad_token_id": None}
     given = {"intermediate_size": 16, "rms_norm_eps": 1e-3, "use_cache": False, "attn_implementation": "eager"}
     config = getattr(transformers, f"{name}Config")(**{**sizes, **given, **options})
-    return getattr(transformers, f"{name}Model")(config).eval()
+    with widened():
+        return getattr(transformers, f"{name}Model")(config).eval().double()
 
 
 def compare(ours: Attention, theirs: nn.Module, mask: Tensor | None) -> None:
@@ -65,11 +66,13 @@ def compare(ours: Attention, theirs: nn.Module, mask: Tensor | None) -> None:
         lambda module, args, kwargs: seen.update(given=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     attention.register_forward_hook(lambda module, args, out: seen.update(out=out[0]))
-    embeds = torch.randn(2, LENGTH, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    theirs(inputs_embeds=embeds, attention_mask=mask)
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.randn(2, LENGTH, 32, generator=generator, dtype=torch.float64, requires_grad=True)
+    with widened():
+        theirs(inputs_embeds=embeds, attention_mask=mask)
     hidden = seen["given"].detach().requires_grad_()
     outs = ours(hidden, attention_mask=mask)[0], seen["out"]
-    assert_same((ours, attention), (hidden, seen["given"]), outs, mask, atol=1e-4)
+    assert_same((ours, attention), (hidden, seen["given"]), outs, mask)
 
 
 @pytest.mark.parametrize("by", KERNELS)
@@ -190,6 +193,7 @@ def test_with_sinks_and_yarn_it_is_gpt_oss(window: int | None, side: str, by: st
         layer_types=["sliding_attention" if window else "full_attention"],
         num_local_experts=2,
         num_experts_per_tok=1,
+        experts_implementation="eager",
     )
     pattern = {"kind": "sliding_window", "window": window} if window else {"kind": "causal"}
     options = {"attention_bias": "all", "sinks": True, "rope_parameters": rope}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_layers import assert_same
+from hf_layers import assert_same, widened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -208,30 +208,34 @@ def test_the_layer_is_hfs_mixer(options: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.models.mamba.modeling_mamba import MambaMixer as HFMixer
 
-    ours = mixer(state_size=4, **options)
-    theirs = HFMixer(transformers.MambaConfig(hidden_size=16, state_size=4, **options), layer_idx=0)
+    ours = mixer(state_size=4, **options).double()
+    theirs = HFMixer(transformers.MambaConfig(hidden_size=16, state_size=4, **options), layer_idx=0).double()
     theirs.load_state_dict(ours.state_dict())
-    hidden = torch.randn(2, 21, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    mask = torch.ones(2, 21)
-    mask[1, :6] = 0
+    hidden = torch.randn(2, 21, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    left, right = torch.ones(2, 2, 21).unbind(0)
+    left[1, :6], right[1, 15:] = 0, 0
     # HF lets the bias of in_proj through padding
-    for attention_mask in (None,) if options.get("use_bias") else (None, mask):
-        outs = ours(hidden, attention_mask=attention_mask)[0], theirs(hidden, attention_mask=attention_mask)
-        assert_same((ours, theirs), (hidden, hidden), outs, attention_mask, atol=1e-5)
+    for attention_mask in (None,) if options.get("use_bias") else (None, left, right):
+        out = ours(hidden, attention_mask=attention_mask)[0]
+        with widened():
+            expected = theirs(hidden, attention_mask=attention_mask)
+        assert_same((ours, theirs), (hidden, hidden), (out, expected), attention_mask)
 
 
 def test_jambas_norms_are_where_hf_has_them() -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 
-    ours = mixer(state_size=4, dt_bc_norm=True)
+    ours = mixer(state_size=4, dt_bc_norm=True).double()
     config = transformers.JambaConfig(
         hidden_size=16, mamba_d_state=4, mamba_dt_rank=1, use_mamba_kernels=False, rms_norm_eps=1e-5
     )
-    theirs = JambaMambaMixer(config, layer_idx=0)
+    theirs = JambaMambaMixer(config, layer_idx=0).double()
     theirs.load_state_dict(ours.state_dict())
-    hidden = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(ours(hidden)[0], theirs(hidden), rtol=1e-4, atol=1e-5)
+    hidden = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    with widened():
+        expected = theirs(hidden)
+    assert_same((ours, theirs), (hidden, hidden), (ours(hidden)[0], expected), None)
 
 
 def test_first_weights_are_the_published_ones() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_layers import assert_same
+from hf_layers import assert_same, widened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -241,19 +241,21 @@ def test_the_layer_is_hfs_mixer(options: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers", minversion="5.24" if "n_groups" in options else None)
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as HFMixer
 
-    ours = mixer(**options)
+    ours = mixer(**options).double()
     config = transformers.Mamba2Config(
         hidden_size=16, num_heads=8, head_dim=4, state_size=6, chunk_size=8, **{"n_groups": 1, **options}
     )
-    theirs = HFMixer(config, layer_idx=0)
+    theirs = HFMixer(config, layer_idx=0).double()
     theirs.load_state_dict(ours.state_dict())
-    hidden = torch.randn(2, 21, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    mask = torch.ones(2, 21)
-    mask[1, :6] = 0
+    hidden = torch.randn(2, 21, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+    left, right = torch.ones(2, 2, 21).unbind(0)
+    left[1, :6], right[1, 15:] = 0, 0
     # HF lets the bias of in_proj through padding
-    for attention_mask in (None,) if options.get("use_bias") else (None, mask):
-        outs = ours(hidden, attention_mask=attention_mask)[0], theirs(hidden, attention_mask=attention_mask)
-        assert_same((ours, theirs), (hidden, hidden), outs, attention_mask, atol=1e-4)
+    for attention_mask in (None,) if options.get("use_bias") else (None, left, right):
+        out = ours(hidden, attention_mask=attention_mask)[0]
+        with widened():
+            expected = theirs(hidden, attention_mask=attention_mask)
+        assert_same((ours, theirs), (hidden, hidden), (out, expected), attention_mask)
 
 
 def test_without_the_norm_the_scan_gates_and_with_it_first_the_norm_does() -> None:
