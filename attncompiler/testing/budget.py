@@ -7,12 +7,16 @@ gradients times max(1, input scale), a tensor is within the budget when
     max|err| ≤ 3·max|low err| + 16·eps·s   and   rms(err) ≤ 2·rms(low err) + 4·eps·s
 
 where `err` and `low err` are the distances to the reference run in fp64 on the same rounded inputs.
+
+A tensor can be judged on several calls at once. All its numbers then are one tensor's, each call's errors being brought
+to the scale of the first by the ratio of the two `s`: so none counts for more because its results are larger, and the
+errors of a call with small results do not vanish beside those of another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,23 +77,27 @@ def oracle(exact: Results, low_error: Results, inputs: Results, dtype: torch.dty
     return Oracle(exact, low_error, torch.finfo(dtype).eps, scale)
 
 
-def judge(got: Results, oracle: Oracle) -> tuple[Verdict, ...]:
-    """A verdict for every tensor of `got`. Raises ValueError when a tensor is missing, unknown or of a wrong shape."""
-    if got.keys() != oracle.exact.keys():
-        raise ValueError(f"results {sorted(got)} where {sorted(oracle.exact)} are expected")
-    return tuple(_judge(name, tensor.detach().double().cpu(), oracle) for name, tensor in got.items())
+def judge(got: Results, oracle: Oracle, *others: tuple[Results, Oracle]) -> tuple[Verdict, ...]:
+    """A verdict for every tensor of `got`, judged together with the results of `others`, each by its own oracle.
+
+    Raises ValueError when a tensor is missing, unknown or of a wrong shape.
+    """
+    draws = ((got, oracle), *others)
+    for results, truth in draws:
+        if results.keys() != truth.exact.keys():
+            raise ValueError(f"results {sorted(results)} where {sorted(truth.exact)} are expected")
+    return tuple(_judge(name, draws) for name in got)
 
 
-def _judge(name: str, got: Tensor, oracle: Oracle) -> Verdict:
-    exact, low_error = oracle.exact[name], oracle.low_error[name]
-    if got.shape != exact.shape:
-        raise ValueError(f"{name} has shape {tuple(got.shape)} where {tuple(exact.shape)} is expected")
-    # what the dtype overflows on is nobody's fault, and an infinite truth (the lse of a row that sees nothing) is met
-    # exactly or not at all
-    counted = low_error.isfinite() & (got != exact)
-    error = torch.where(counted, (got - exact).abs(), 0.0).nan_to_num(nan=torch.inf)
-    allowed = torch.where(low_error.isfinite(), low_error, 0.0)
-    floor = oracle.eps * oracle.scale
+def _judge(name: str, draws: Sequence[tuple[Results, Oracle]]) -> Verdict:
+    first = draws[0][1]
+    weights = [_ratio(first.scale, oracle.scale) for _, oracle in draws]
+    pairs = [_errors(name, got[name].detach().double().cpu(), oracle) for got, oracle in draws]
+    error, allowed = (
+        torch.cat([tensor.flatten() * weight for tensor, weight in zip(tensors, weights, strict=True)])
+        for tensors in zip(*pairs, strict=True)
+    )
+    floor = first.eps * first.scale
     return Verdict(
         name,
         max_error=_largest(error),
@@ -97,6 +105,23 @@ def _judge(name: str, got: Tensor, oracle: Oracle) -> Verdict:
         rms_error=rms(error) if error.isfinite().all() else math.inf,
         rms_budget=2 * rms(allowed) + 4 * floor,
     )
+
+
+def _ratio(scale: float, other: float) -> float:
+    """What brings errors to `scale` that are of a call of scale `other`; 1 where there is nothing to compare."""
+    return scale / other if 0 < scale < math.inf and 0 < other < math.inf else 1.0
+
+
+def _errors(name: str, got: Tensor, oracle: Oracle) -> tuple[Tensor, Tensor]:
+    """A tensor's errors, and those that the reference makes; neither is counted where the dtype overflows."""
+    exact, low_error = oracle.exact[name], oracle.low_error[name]
+    if got.shape != exact.shape:
+        raise ValueError(f"{name} has shape {tuple(got.shape)} where {tuple(exact.shape)} is expected")
+    # what the dtype overflows on is nobody's fault, and an infinite truth (the lse of a row that sees nothing) is met
+    # exactly or not at all
+    counted = low_error.isfinite() & (got != exact)
+    error = torch.where(counted, (got - exact).abs(), 0.0).nan_to_num(nan=torch.inf)
+    return error, torch.where(low_error.isfinite(), low_error, 0.0)
 
 
 def _largest(tensor: Tensor) -> float:

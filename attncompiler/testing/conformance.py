@@ -7,9 +7,9 @@ differentiated through autograd, so that a law speaks of gradients as much as of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -91,79 +91,92 @@ def evaluate(call: Call, case: Case, grads: Mapping[str, Tensor], program: Progr
     return {name: output.detach() for name, output in outputs.items()} | gradients
 
 
-def truth(mechanism: Mechanism, case: Case, dtype: torch.dtype, *draws: Mapping[str, Tensor]) -> Oracle:
-    """The oracle of a prepared case: the fp64 reference on its inputs, and what the reference in `dtype` loses.
+NEAR = 2.0**-6
+"""how far, relative to itself, an input of a near case may be from the case's own"""
 
-    Each of `draws` is a set of cotangents; of several, the results are stacked along a new first axis.
+
+def near(case: Case, draw: int) -> Case:
+    """A prepared case with other roundings and the same sense: its floats moved toward zero, each by up to `NEAR`.
+
+    Draw 0 is the case itself. What is zero, infinite, negative or at most 1 stays so: a decay is a decay. Integers and
+    booleans stay as they are. The same draw gives the same case.
+    """
+    if draw == 0:
+        return case
+    generator = torch.Generator().manual_seed(draw)
+
+    def move(tensor: Tensor) -> Tensor:
+        factor = 1 - NEAR * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        return (tensor.double() * factor.to(tensor.device)).to(tensor.dtype)
+
+    moved = {name: move(tensor) for name, tensor in case.tensors.items() if tensor.is_floating_point()}
+    return case.given(**moved)
+
+
+def truth(mechanism: Mechanism, case: Case, dtype: torch.dtype, grads: Mapping[str, Tensor]) -> Oracle:
+    """The oracle of a prepared case: the fp64 reference on its inputs, and what the reference in `dtype` loses.
 
     In fp64 the reference cannot be measured against itself: it is taken to lose what it loses in fp32, less by the
     ratio of the two eps.
     """
-    exact = [_exact(mechanism, case, grads) for grads in draws]
+    exact = _exact(mechanism, case, grads)
     if dtype != torch.float64:
-        low = [evaluate(reference_call(mechanism), _on_cpu(case, dtype), grads) for grads in draws]
-        lost = [_distance(got, of) for got, of in zip(low, exact, strict=True)]
+        lost = _distance(evaluate(reference_call(mechanism), _on_cpu(case, dtype), grads), exact)
     else:
         single = _on_cpu(case, torch.float32)
+        grads = {name: grad.float() for name, grad in grads.items()}
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        lost = []
-        for grads in draws:
-            grads = {name: grad.float() for name, grad in grads.items()}
-            low_error = _distance(evaluate(reference_call(mechanism), single, grads), _exact(mechanism, single, grads))
-            lost.append({name: error * ratio for name, error in low_error.items()})
-    return oracle(_stacked(exact), _stacked(lost), case.tensors, dtype)
+        low_error = _distance(evaluate(reference_call(mechanism), single, grads), _exact(mechanism, single, grads))
+        lost = {name: error * ratio for name, error in low_error.items()}
+    return oracle(exact, lost, case.tensors, dtype)
 
 
 DRAWS = 16
-"""sets of cotangents under which a gradient is judged that one set puts over the budget"""
+"""draws by which a tensor is judged that the first puts over the budget"""
 
 
 class Trial:
     """A prepared case of `dtype` that calls are held to, under cotangents of all outputs or of those named in `only`.
 
-    The budget bounds an rms, which speaks of many roundings; a gradient in which many terms cancel into few numbers (a
-    parameter's) is one draw of them, for the call as for the reference, and may be lucky in the one by any factor. So
-    a gradient that is over the budget is measured again under `DRAWS` sets of cotangents, the first among them, and
-    judged by all of them as one tensor. The bound is the same, and an error that is not of rounding grows with the
-    cotangents as the gradient does. Outputs know nothing of cotangents: they are judged once.
+    The budget speaks of many roundings. Where one rounding decides (many terms cancel into few numbers, one exponent
+    is far larger than the rest, a tensor has one element), call and reference are one draw of it each, and either may
+    be lucky by any factor. So a tensor that is over the budget is measured again: draw k is a case near to the case
+    and its own set of cotangents, draw 0 the case itself, and `DRAWS` draws are judged as one tensor. The bound is the
+    same, for more roundings of both sides. An error that is not of rounding is found in every draw, as large as what it
+    is an error of; one of draw 0 alone counts in full at the maximum, and for a quarter in the rms.
     """
 
     def __init__(
         self, mechanism: Mechanism, case: Case, dtype: torch.dtype, only: Collection[str] | None = None
     ) -> None:
         self.mechanism, self.case, self.dtype, self.only = mechanism, case, dtype, only
-        self._once = cache(lambda: self._truth(1))
-        self._often = cache(lambda: self._truth(DRAWS))
+        self._oracle = cache(self._truth)
 
-    def verdicts(self, results: Callable[[Mapping[str, Tensor]], Results]) -> tuple[Verdict, ...]:
-        """What the budget says of `results(cotangents)`: outputs by name and gradients as "grad <input>"."""
-        verdicts = judge(results(self._cotangents(0)), self._once())
-        again = {verdict.name for verdict in verdicts if not verdict.ok and verdict.name.startswith("grad ")}
-        if not again:
+    def verdicts(self, results: Callable[[Case, Mapping[str, Tensor]], Results]) -> tuple[Verdict, ...]:
+        """What the budget says of `results(case, cotangents)`: outputs by name and gradients as "grad <input>"."""
+        first = results(*self._draw(0)), self._oracle(0)
+        verdicts = judge(*first)
+        if all(verdict.ok for verdict in verdicts):
             return verdicts
-        often = judge(_stacked([results(self._cotangents(draw)) for draw in range(DRAWS)]), self._often())
-        return tuple(second if second.name in again else first for first, second in zip(verdicts, often, strict=True))
+        others = [(results(*self._draw(draw)), self._oracle(draw)) for draw in range(1, DRAWS)]
+        return tuple(once if once.ok else often for once, often in zip(verdicts, judge(*first, *others), strict=True))
 
-    def _cotangents(self, draw: int) -> dict[str, Tensor]:
+    def _draw(self, draw: int) -> tuple[Case, dict[str, Tensor]]:
         drawn = cotangents(self.case, draw)
-        return drawn if self.only is None else {name: grad for name, grad in drawn.items() if name in self.only}
+        if self.only is not None:
+            drawn = {name: grad for name, grad in drawn.items() if name in self.only}
+        return near(self.case, draw), drawn
 
-    def _truth(self, draws: int) -> Oracle:
-        return truth(self.mechanism, self.case, self.dtype, *map(self._cotangents, range(draws)))
+    def _truth(self, draw: int) -> Oracle:
+        case, drawn = self._draw(draw)
+        return truth(self.mechanism, case, self.dtype, drawn)
 
 
 def conforms(
     mechanism: Mechanism, call: Call, case: Case, dtype: torch.dtype, program: Program = whole
 ) -> tuple[Verdict, ...]:
     """What the budget says of `call`, reached by `program`, on a prepared case of `dtype`."""
-    return Trial(mechanism, case, dtype).verdicts(lambda grads: evaluate(call, case, grads, program))
-
-
-def _stacked(draws: Sequence[Results]) -> dict[str, Tensor]:
-    """Results under several sets of cotangents as one; those under one set as they are."""
-    if len(draws) == 1:
-        return dict(draws[0])
-    return {name: torch.stack([results[name] for results in draws]) for name in draws[0]}
+    return Trial(mechanism, case, dtype).verdicts(partial(evaluate, call, program=program))
 
 
 def _exact(mechanism: Mechanism, case: Case, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -171,7 +171,7 @@ def judged(subject: Subject, call: SiteCall, dtype: torch.dtype) -> Iterator[Bro
             continue
         subject.judged += 1
         run = kernel_call(name)
-        for verdict in trial.verdicts(lambda grads, run=run: evaluate(run, case, grads)):  # type: ignore[misc]
+        for verdict in trial.verdicts(partial(evaluate, run)):
             if not verdict.ok:
                 yield Broken("kernels", f"{call.label} {name}", f"{verdict}, on {case!r}")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -238,7 +239,7 @@ def _kernel_rows(row: Row, trials: list[tuple[str, Trial]]) -> Iterator[Row]:
             left_out.setdefault("cannot run here: " + "; ".join(reasons), []).append(label)
             continue
         run = kernel_call(row.kernel)
-        for verdict in trial.verdicts(lambda grads, run=run, case=trial.case: evaluate(run, case, grads)):  # type: ignore[misc]
+        for verdict in trial.verdicts(partial(evaluate, run)):
             if verdict.name not in worst or _excess(verdict) > _excess(worst[verdict.name][0]):
                 worst[verdict.name] = verdict, label
     for tensor, (verdict, label) in worst.items():

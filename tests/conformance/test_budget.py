@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +17,17 @@ from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import SlidingWindow
 from attncompiler.mechanisms.base import Kernel, Mechanism, discover, load_entry
 from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, values
+from attncompiler.testing import conformance
 from attncompiler.testing.budget import Oracle, Verdict, judge
 from attncompiler.testing.conformance import (
+    DRAWS,
+    NEAR,
     Trial,
     conforms,
     cotangents,
     evaluate,
     kernel_call,
+    near,
     prepared,
     reference_call,
     refusals_of,
@@ -31,7 +35,8 @@ from attncompiler.testing.conformance import (
 )
 from attncompiler.testing.poison import poisoned
 
-ATTENTION = discover()["attention"]
+ATTENTION, LINEAR = discover()["attention"], discover()["linear_attention"]
+Grads = Mapping[str, Tensor]
 
 
 def over(verdicts: tuple[Verdict, ...]) -> set[str]:
@@ -74,6 +79,31 @@ def test_an_infinite_truth_is_met_exactly_or_not_at_all() -> None:
 
 def test_what_the_dtype_cannot_hold_is_not_judged() -> None:
     assert verdict_of([math.inf, 1.0], [1e6, 1.0], [math.inf, 0.0]).ok
+
+
+def of_scale(scale: float, got: list[float], low_error: list[float]) -> tuple[dict[str, Tensor], Oracle]:
+    """Results where 1, 1, ... are expected, and their oracle, all of them times `scale`."""
+    found, lost = (scale * torch.tensor(each).double() for each in (got, low_error))
+    return {"x": found}, Oracle({"x": torch.full_like(found, scale)}, {"x": lost}, eps=1e-3, scale=scale)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_calls_judged_together_are_one_tensor_whatever_their_scale(scale: float) -> None:
+    first, second = of_scale(1.0, [1.0, 1.5], [0.0, 0.0]), of_scale(scale, [1.0, 1.2], [0.1, 0.3])
+    verdict = judge(*first, second)[0]
+    assert not judge(*first)[0].ok
+    assert verdict.max_error == 0.5
+    assert verdict.max_budget == pytest.approx(3 * 0.3 + 16e-3)
+    assert verdict.rms_error == pytest.approx(math.sqrt((0.5**2 + 0.2**2) / 4))
+    assert verdict.rms_budget == pytest.approx(2 * math.sqrt((0.1**2 + 0.3**2) / 4) + 4e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_is_over_in_any_call(bad: float) -> None:
+    sound, spoilt = of_scale(1.0, [1.0, 1.0], [1.0, 1.0]), of_scale(1e9, [1.0, bad], [1.0, 1.0])
+    assert judge(*sound, sound)[0].ok
+    assert not judge(*sound, spoilt)[0].ok
+    assert not judge(*spoilt, sound)[0].ok
 
 
 def test_results_must_be_those_expected() -> None:
@@ -190,24 +220,51 @@ def test_a_planted_fault_of_attention_is_over(
     assert over(conforms(ATTENTION, fault, case, dtype))
 
 
-# --- many sets of cotangents --------------------------------------------------------------------------------------
+# --- many draws ---------------------------------------------------------------------------------------------------
 
 
-def spoiled(case: Case, name: str, error: float, often: bool) -> Callable[[Any], dict[str, Tensor]]:
-    """The reference's results, with one tensor off by `error` under the first cotangents, or under any."""
-    first = cotangents(case)
+def test_a_near_case_has_other_floats_and_the_same_sense(mechanism: Mechanism, cases: Cases) -> None:
+    @settings(max_examples=10, deadline=None, database=None)
+    @given(st.one_of(cases.draw(), cases.extras()), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    def check(case: Case, dtype: torch.dtype) -> None:
+        case = prepared(case, dtype)
+        found, again = near(case, 3), near(case, 3)
+        assert near(case, 0) is case
+        for name, tensor in case.tensors.items():
+            moved = found.tensors[name]
+            assert moved.dtype == tensor.dtype
+            assert torch.equal(moved, again.tensors[name])
+            if not tensor.is_floating_point():
+                assert torch.equal(moved, tensor)
+                continue
+            assert ((moved == 0) == (tensor == 0)).all()
+            assert (moved.abs() <= tensor.abs()).all()
+            least = (1 - NEAR) * tensor.double().abs() * (1 - torch.finfo(tensor.dtype).eps)
+            assert (moved.double() * tensor.double().sign() >= least).all()
+            assert tensor.numel() < 100 or not tensor.any() or not torch.equal(moved, tensor)
 
-    def results(grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        found = evaluate(reference_call(ATTENTION), case, grads)
-        again = all(torch.equal(grads[each], first[each]) for each in first)
-        return found | {name: found[name] + error} if often or again else found
+    check()
+
+
+def test_a_near_case_keeps_what_is_infinite() -> None:
+    tensors = {name: torch.tensor([-math.inf, 0.0, math.inf, -1e4]) for name in "qkv"}
+    moved = near(Case(load_entry(ATTENTION.operator), tensors, AttentionOptions(), causal=True), 1).tensors["q"]
+    assert moved[:3].tolist() == [-math.inf, 0.0, math.inf]
+    assert -1e4 < moved[3] < -1e4 * (1 - NEAR)
+
+
+def spoiled(case: Case, name: str, error: float, often: bool) -> Callable[[Case, Grads], dict[str, Tensor]]:
+    """The reference's results, with one tensor off by `error` in the case itself alone, or in any near to it."""
+
+    def results(near: Case, grads: Grads) -> dict[str, Tensor]:
+        found = evaluate(reference_call(ATTENTION), near, grads)
+        return found | {name: found[name] + error} if often or near is case else found
 
     return results
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_gradient_over_the_budget_by_luck_is_not_and_one_always_over_is(dtype: torch.dtype) -> None:
-    """A gradient alone is measured again: an output is what it is, whatever the cotangents."""
+def test_a_tensor_over_the_budget_by_luck_is_not_and_one_always_over_is(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {name: values("normal", (1, 20, 2, 16), generator) for name in "qkv"}
     case = prepared(Case(load_entry(ATTENTION.operator), tensors, AttentionOptions(), causal=True), dtype)
@@ -216,9 +273,111 @@ def test_a_gradient_over_the_budget_by_luck_is_not_and_one_always_over_is(dtype:
     for name in ("grad q", "out"):
         lucky = 1.2 * sound[name].rms_budget
         assert over(trial.verdicts(spoiled(case, name, lucky, often=True))) == {name}
-        assert over(trial.verdicts(spoiled(case, name, lucky, often=False))) == ({name} if name == "out" else set())
-        # sixteen sets dilute an rms by four, and a largest error by nothing
+        assert over(trial.verdicts(spoiled(case, name, lucky, often=False))) == set()
+        # sixteen draws dilute an rms by four, and a largest error by nothing
         assert over(trial.verdicts(spoiled(case, name, 5 * lucky, often=False))) == {name}
+
+
+def favor(seed: int, T: int, R: int, **options: Any) -> Case:
+    """A call of linear attention on random features, in fp64: exponentials, of few numbers where T and R are small."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: values("normal", (1, T, 1, 8), generator) for name in "qkv"}
+    tensors["projection"] = torch.randn(R, 8, generator=generator).double()
+    operator = load_entry(LINEAR.operator)
+    case = Case(operator, tensors, operator.options(feature_map="favor", **options), causal=True)
+    return prepared(case, torch.float64)
+
+
+FOUND = [
+    (84, 1, 1, True),
+    (199, 1, 1, True),
+    (280, 1, 1, True),
+    (47, 2, 1, True),
+    (213, 2, 1, True),
+    (175, 8, 7, False),
+]
+"""seed, T, R and normalize of calls that one draw put over the budget: the reference lost too little of them in fp32"""
+
+
+@pytest.mark.parametrize(("seed", "T", "R", "normalize"), FOUND)
+def test_one_rounding_does_not_decide(seed: int, T: int, R: int, normalize: bool) -> None:
+    case = favor(seed, T, R, normalize=normalize)
+    verdicts = conforms(LINEAR, kernel_call("chunkwise"), case, torch.float64)
+    assert not over(verdicts), "\n".join(map(str, verdicts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_an_estimate_that_is_lucky_once_excuses_no_fault(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference loses 32 eps of every result, but of the case itself nothing: a kernel may lose as much."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: values("normal", (1, 20, 2, 16), generator) for name in "qkv"}
+    case = prepared(Case(load_entry(ATTENTION.operator), tensors, AttentionOptions(), causal=True), dtype)
+
+    def lucky(mechanism: Mechanism, each: Case, dtype: torch.dtype, grads: Grads) -> Oracle:
+        found = truth(mechanism, each, dtype, grads)
+        loss = 0.0 if each is case else 32 * found.eps * found.scale
+        return replace(found, low_error={name: torch.full_like(error, loss) for name, error in found.low_error.items()})
+
+    monkeypatch.setattr(conformance, "truth", lucky)
+    trial = Trial(ATTENTION, case, dtype)
+    drawn: list[Case] = []
+
+    def losing(units: float, times: float = 1.0, single: float = 0.0) -> Callable[[Case, Grads], dict[str, Tensor]]:
+        """Results off by so many eps, all of them `times` what they are, one element off by `single` eps in draw 0."""
+
+        def results(near: Case, grads: Grads) -> dict[str, Tensor]:
+            drawn.append(near)
+            oracle = truth(ATTENTION, near, dtype, grads)
+            unit = oracle.eps * oracle.scale
+            found = {name: exact * times + units * unit for name, exact in oracle.exact.items()}
+            if near is case:
+                found["out"][0, -1, 0, 0] += single * unit
+            return found
+
+        return results
+
+    assert over(judge(losing(32)(case, cotangents(case)), lucky(ATTENTION, case, dtype, cotangents(case))))
+    drawn.clear()
+    assert not over(trial.verdicts(losing(2)))
+    assert len(drawn) == 1
+    drawn.clear()
+    assert not over(trial.verdicts(losing(32)))
+    assert drawn[0] is case
+    assert len(set(map(id, drawn))) == len(drawn) == DRAWS
+    assert over(trial.verdicts(losing(5 * 32))) == {"out", "lse", "grad q", "grad k", "grad v"}
+    assert over(trial.verdicts(losing(2, times=1.01))) >= {"out", "lse"}
+    assert over(trial.verdicts(losing(2, single=100 * 16))) == {"out"}
+
+
+def test_faults_are_over_in_many_draws(
+    mechanism: Mechanism, kernel: Kernel, device: str, cases: Cases, for_cases: Callable[..., None]
+) -> None:
+    """All results wrong by one percent, in every draw; and one element of the case itself, right near to it."""
+
+    def check(case: Case, place: int) -> None:
+        case = prepared(case, torch.float32, device)
+        if refusals_of(kernel, case):
+            return
+        name, call = case.operator.differentiable_outputs[0], kernel_call(kernel.name)
+        trial, error = Trial(mechanism, case, torch.float32), 0.0
+
+        def off_by_a_percent(near: Case, grads: Grads) -> dict[str, Tensor]:
+            return {each: tensor * 1.01 for each, tensor in evaluate(call, near, grads).items()}
+
+        def off_at_one_place(near: Case, grads: Grads) -> dict[str, Tensor]:
+            results = evaluate(call, near, grads)
+            if near is case:
+                flat = results[name].flatten()
+                flat[place % len(flat)] += error
+                results[name] = flat.view_as(results[name])
+            return results
+
+        sound = {verdict.name: verdict for verdict in trial.verdicts(off_at_one_place)}
+        assert over(trial.verdicts(off_by_a_percent))
+        error = 100 * sound[name].max_budget
+        assert over(trial.verdicts(off_at_one_place)) == {name}
+
+    for_cases(check, cases.draw(), st.integers(0, 10**6), share=0.5)
 
 
 # --- uninitialised memory -----------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def test_a_backward_serves_what_any_kernel_ran_forward(
                 continue
             served.append(case)
 
-            def mixed(grads: dict[str, Tensor], forward: Kernel = forward) -> dict[str, Tensor]:
+            def mixed(case: Case, grads: dict[str, Tensor], forward: Kernel = forward) -> dict[str, Tensor]:
                 with torch.no_grad(), poisoned():
                     outputs = _implementation(forward).forward(case.tensors, case.options)
                     found = _implementation(kernel).backward(

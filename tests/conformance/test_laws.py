@@ -52,7 +52,7 @@ class Law:
             return
         trial = Trial(self.mechanism, case, self.dtype)
         for program in statement[1]:
-            check_verdicts(trial.verdicts(partial(evaluate, self.call, case, program=program)))
+            check_verdicts(trial.verdicts(partial(evaluate, self.call, program=program)))
 
     def conclude(self) -> None:
         if not self.served:
@@ -171,6 +171,6 @@ def test_cotangents_of_some_outputs_alone(law: Law, cases: Cases, hold: Callable
             return
         for name in cotangents(case):
             trial = Trial(law.mechanism, case, law.dtype, only=[name])
-            check_verdicts(trial.verdicts(partial(evaluate, law.call, case)))
+            check_verdicts(trial.verdicts(partial(evaluate, law.call)))
 
     hold(check, st.one_of(cases.draw(), cases.extras()), share=0.5)
