@@ -229,7 +229,7 @@ def steps(subject: Subject) -> Iterator[Broken]:
     """Decoding, in a prefill and steps of one and of more tokens, gives what the whole sequence gives at once."""
     if not _steps(subject):
         return
-    pieces = [subject.inputs.seed % subject.inputs.length + 1, 1, 1]
+    pieces = [subject.inputs.seed % subject.inputs.length + 1, 1, 1, 2, 1]
     with torch.no_grad():
         found = torch.cat(list(_stepped(subject, subject.wide, pieces)), 1)
     found = torch.where(subject.weight != 0, found, 0)

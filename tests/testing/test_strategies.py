@@ -107,7 +107,8 @@ def _codes_of(element: Element) -> set[str]:
                 policy[name] = not default if value == "key" else value == "True"
                 found.update(codes(data))
 
-    over(mappings(None, everything), look, 30)
+    for chosen in range(8):
+        over(mappings(None, everything), look, 15, chosen=chosen)
     return found
 
 

@@ -105,10 +105,10 @@ def inputs_for(draw: st.DrawFn, spec: ModelSpec) -> Inputs:
     length = draw(st.integers(1, min(longest, LENGTHS[0])) | st.sampled_from([n for n in LENGTHS if n <= longest]))
     batch = draw(st.integers(1, 3))
     padding: tuple[int, ...] = ()
-    if draw(st.booleans()):
+    if draw(st.integers(0, 2)) == 2:
         padding = tuple(draw(st.lists(st.integers(0, length - 1), min_size=batch, max_size=batch)))
     cuts: tuple[int, ...] = ()
-    if length > 1 and packs(spec) and draw(st.booleans()):
+    if length > 1 and packs(spec) and draw(st.integers(0, 2)) == 2:
         cuts = tuple(sorted(draw(st.lists(st.integers(1, length - 1), min_size=1, max_size=3, unique=True))))
     side: Literal["left", "right"] = draw(st.sampled_from(["right", "left"])) if padding else "right"
     return Inputs(spec, batch, length, draw(st.integers(0, 2**20)), side, padding, cuts)

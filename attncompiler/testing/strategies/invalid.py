@@ -70,7 +70,9 @@ def _required(value: Any, path: Path = ()) -> Iterator[Path]:
     """Every key that a model of the grammar cannot do without, and the kinds of unions."""
     if isinstance(value, BaseModel):
         for name, field in type(value).model_fields.items():
-            if field.is_required() or (name == "kind" and name in value.model_fields_set):
+            # the kind of a layer's changes may be left out: it stays that of the model
+            told_apart = name == "kind" and name in value.model_fields_set and field.default is not None
+            if field.is_required() or told_apart:
                 yield (*path, name)
             if name in value.model_fields_set:
                 yield from _required(getattr(value, name), (*path, name))
