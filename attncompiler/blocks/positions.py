@@ -57,8 +57,9 @@ def check_inputs(tokens: Tensor, **others: Tensor | None) -> None:
     for name, tensor in others.items():
         if tensor is None:
             continue
-        rows = (1, B) if name == "position_ids" else (B,)
-        if tensor.dim() != 2 or tensor.shape[0] not in rows or tensor.shape[1] != T:
+        # one by one: torch 2.11 to 2.13 compile `in` to False for a batch of any size among ones of a fixed size
+        one_for_all = name == "position_ids" and tensor.dim() == 2 and tensor.shape[0] == 1
+        if tensor.dim() != 2 or not (one_for_all or tensor.shape[0] == B) or tensor.shape[1] != T:
             raise fail(InputError, "E401", f"{name} must be ({B}, {T}) as the tokens are, not {tuple(tensor.shape)}")
         if name != "attention_mask" and tensor.is_floating_point():
             raise fail(InputError, "E402", f"{name} must be whole numbers, not {tensor.dtype}")

@@ -143,6 +143,22 @@ def test_a_compiled_step_is_not_compiled_at_every_step(batch: int) -> None:
     assert not any(compiles[10:])
 
 
+def test_a_step_that_was_compiled_for_any_batch_takes_a_mask() -> None:
+    """The first mask comes when the batch has already been of several sizes."""
+    built, x = model(MIXERS["attention"], layers=1), tokens(3, 8)
+    torch._dynamo.reset()
+    step = torch.compile(built.step, fullgraph=True, backend="eager")
+    mask = torch.ones(2, 8, dtype=torch.int64)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        for batch in (1, 3):
+            step(x[:batch], built.init_state(batch, 8))
+        found, _ = step(x[:2], built.init_state(2, 8), mask)
+        expected, _ = built.step(x[:2], built.init_state(2, 8), mask)
+    assert torch.equal(found, expected)
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 def test_a_step_through_inductor_is_a_step() -> None:
     """A prompt with padding, one without, and single tokens behind either, in turns with eager ones."""

@@ -84,12 +84,6 @@ FAULTS = (
         "            seen = seen & ((pair[0] - pair[1] != window - 1) | (pair[1] < self.pattern.global_tokens))\n",
     ),
     Fault(
-        "a stride that misses its farthest block",
-        f"{ATTENTION}.intervals",
-        "lowest = -(k // stride)",
-        "lowest = 1 - k // stride",
-    ),
-    Fault(
         "a softcap dropped",
         f"{ATTENTION}.kernels.chunkwise",
         "return scores if self.options.softcap is None else scores.tanh_()",
