@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attncompiler import pipeline, targets
 from attncompiler.emit import CompiledModel
-from attncompiler.mechanisms.base import NOT_BUILT, MixerSize, Policy, discover, load_entry
+from attncompiler.mechanisms.base import NOT_BUILT, MixerSize, Policy
 from attncompiler.planning import Plan, plan
 from attncompiler.planning.explanation import ranges
 from attncompiler.planning.planner import mixer_cost, mixer_size, planned_length
@@ -147,9 +147,7 @@ def _calls(spec: ModelSpec, name: str, policy: Policy, length: int, device: str)
 
     run("plain", lambda: model.train()(hidden))
     model.eval()
-    masks = _masks(policy, length, device)
-    if masks:
-        run(" and ".join(masks), lambda: model(hidden, **{_ARGUMENT[kind]: mask for kind, mask in masks.items()}))
+    run("packed and padded", lambda: model(hidden, **_masks(length, device)))
     if "step" in model.graphs and length > 1:
         state = model.init_state(BATCH, length)
         _, state = model.step(hidden[:, : length // 2], state)
@@ -157,17 +155,13 @@ def _calls(spec: ModelSpec, name: str, policy: Policy, length: int, device: str)
     return found
 
 
-_ARGUMENT = {"packed": "segment_ids", "padded": "attention_mask"}
-
-
-def _masks(policy: Policy, length: int, device: str) -> dict[str, Tensor]:
-    """Three documents in the first sequence, and padding before the last; only what the operator takes."""
+def _masks(length: int, device: str) -> dict[str, Tensor]:
+    """Three documents in the first sequence, and padding before the last."""
     index = torch.arange(length, device=device)
     rows = torch.arange(BATCH, device=device)[:, None]
     packed = torch.where(rows == 0, (index >= length // 3).long() + (index >= length // 2), 0)
     padded = ~((rows == BATCH - 1) & (index < length // 4))
-    takes = load_entry(discover()[policy.kind].operator).inputs
-    return {kind: mask for kind, mask in (("packed", packed), ("padded", padded)) if _ARGUMENT[kind] in takes}
+    return {"segment_ids": packed, "attention_mask": padded}
 
 
 def _layer_alone(spec: ModelSpec, name: str, policy: Policy, device: str) -> CompiledModel:

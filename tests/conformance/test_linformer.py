@@ -1,4 +1,4 @@
-"""Linformer's own laws: what it equals, columns that are not read, padding, and refusals."""
+"""Linformer's own laws: what it equals, columns that are not read, padding, packing, and refusals."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attncompiler.errors import InputError
+from attncompiler.mechanisms.linformer.documents import documents
 from attncompiler.mechanisms.linformer.kernels import sdpa
 from attncompiler.mechanisms.linformer.layer import Linformer
 from attncompiler.mechanisms.linformer.mechanism import LinformerPolicy, relations
@@ -111,6 +112,78 @@ def test_rows_that_are_all_padding_give_zero_and_finite_gradients() -> None:
         assert not any(grad[0].any() for grad in grads[:3])
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@given(
+    seed=SEEDS,
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    before=st.integers(0, 4),
+    shared=st.booleans(),
+    missing=st.floats(0, 1),
+)
+def test_packed_documents_each_begin_at_the_first_column(
+    name: str, seed: int, lengths: list[int], before: int, shared: bool, missing: float
+) -> None:
+    """Equation 7 for each document; padding in front has some id too; queries are the last of the keys."""
+    total, longest = before + sum(lengths), max(lengths)
+    q, k, v, *_ = tensors(seed, total, 1)
+    *_, keys, values = tensors(seed, 1, longest, per_head=not shared)
+    leaves = [x.requires_grad_() for x in (q, k, v, keys, values)]
+    ids = torch.tensor([0] * before + [n % 2 for n, length in enumerate(lengths) for _ in range(length)])
+    mask = (torch.arange(total) >= before).expand(2, -1) if before else None
+    ids, first = ids.expand(2, -1), round(missing * (total - 1))
+    out = linformer(q[:, first:], k, v, keys, values, segment_ids=ids, attention_mask=mask, kernel=name)
+    expected, start = [torch.zeros(2, before, 3, 8).double()], before
+    for length in lengths:
+        part = [x[:, start : start + length].transpose(1, 2) for x in (q, k, v)]
+        expected.append(written_down(*part, keys[..., :length], values[..., :length]).transpose(1, 2))
+        start += length
+    right = torch.cat(expected, 1)[:, first:]
+    torch.testing.assert_close(out, right)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sin().sum(), leaves) for x in (out, right)))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_documents_know_nothing_of_one_another(name: str) -> None:
+    """Not even that there is something that is no number in the next."""
+    q, k, v, keys, values = tensors(0, 12, 12)
+    ids = torch.tensor([[0] * 5 + [1] * 7]).expand(2, -1)
+    out = linformer(q, k, v, keys, values, segment_ids=ids, kernel=name)
+    k[:, 5:], v[0] = torch.nan, torch.inf
+    spoilt = linformer(q, k, v, keys, values, segment_ids=ids, kernel=name)
+    assert torch.equal(spoilt[1, :5], out[1, :5])
+    assert not spoilt[0, :5].isfinite().any()
+
+
+def test_documents_are_taken_together_with_others_of_like_length() -> None:
+    """Twice the tokens at most, however lengths differ, and all tokens once."""
+    lengths = [1, 1, 700, 2, 3, 40, 5, 64, 1, 33]
+    ids = torch.repeat_interleave(torch.arange(10), torch.tensor(lengths)).expand(3, -1)
+    parts = documents(ids, None)
+    assert parts is not None
+    assert len(parts) <= 11
+    assert sum(part.index.numel() for part in parts) < 2 * ids.numel()
+    found = torch.cat([part.index[part.real] for part in parts])
+    assert found.sort().values.tolist() == list(range(ids.numel()))
+
+
+def test_rows_that_are_all_padding_have_no_document() -> None:
+    inputs = [x.requires_grad_() for x in tensors(0, 6, 6)]
+    mask = torch.zeros(2, 6)
+    for name in KERNELS:
+        out = linformer(*inputs, segment_ids=torch.arange(6).expand(2, -1), attention_mask=mask, kernel=name)
+        assert not out.any()
+        grads = torch.autograd.grad(out.sum(), inputs)
+        assert not any(grad.any() for grad in grads)
+
+
+def test_a_row_may_be_longer_than_the_projections_and_a_document_may_not() -> None:
+    q, k, v, keys, values = tensors(0, 9, 5)
+    ids = torch.tensor([[0] * 4 + [1] * 5]).expand(2, -1)
+    assert linformer(q, k, v, keys, values, segment_ids=ids).shape == q.shape
+    with pytest.raises(InputError, match=r"E401.*5 columns.* 6 tokens"):
+        linformer(q, k, v, keys, values, segment_ids=torch.tensor([[0] * 3 + [1] * 6]).expand(2, -1))
+
+
 def test_how_many_queries_the_backward_takes_at_once_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [x.requires_grad_() for x in tensors(0, 23, 30)]
 
@@ -162,15 +235,12 @@ def test_sharing_decides_the_parameters(share: str, shapes: dict[str, tuple[int,
     assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
 
 
-def test_the_layer_refuses_segments_and_decoding() -> None:
+def test_the_layer_refuses_decoding() -> None:
     layer = _layer()
-    hidden = torch.randn(1, 5, 16)
-    with pytest.raises(InputError, match=r"E403 layers\.3\.mixer: .*packed segments"):
-        layer(hidden, segment_ids=torch.zeros(1, 5, dtype=torch.int64))
     with pytest.raises(InputError, match="E503"):
         layer.init_state(1, 8, torch.device("cpu"), torch.float32)
     with pytest.raises(InputError, match="E503"):
-        layer(hidden, state={})
+        layer(torch.randn(1, 5, 16), state={})
 
 
 def test_a_causal_linformer_is_an_error_that_says_why() -> None:

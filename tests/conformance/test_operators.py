@@ -90,6 +90,10 @@ def test_the_fake_promises_what_is_given(mechanism: Mechanism, device: str, case
                 assert layout(tensor) == layout(promised[name]), name
 
 
+def test_every_operator_takes_packed_documents_and_padding(mechanism: Mechanism) -> None:
+    assert {"segment_ids", "attention_mask"} <= set(load_entry(mechanism.operator).inputs)
+
+
 def test_flops_are_registered_and_grow_with_the_length(mechanism: Mechanism, device: str, cases: Cases) -> None:
     case = prepared(smallest(cases, 1)[0], torch.float32, device)
 

@@ -70,7 +70,7 @@ def _functions(holder: ModuleType | type) -> Iterator[FunctionType]:
             yield inner
 
 
-ATTENTION, LINEAR = "mechanisms.attention", "mechanisms.linear_attention"
+ATTENTION, LINEAR, LINFORMER = "mechanisms.attention", "mechanisms.linear_attention", "mechanisms.linformer"
 MAMBA, MAMBA2 = "mechanisms.mamba.kernels.chunkwise", "mechanisms.mamba2.kernels.chunkwise"
 
 FAULTS = (
@@ -188,9 +188,15 @@ FAULTS = (
     ),
     Fault(
         "padding that is projected",
-        "mechanisms.linformer.kernels.sdpa",
-        "    return x.gather(1, index[..., None, None].expand_as(x)).mul_(real[..., None, None])",
-        "    return x",
+        f"{LINFORMER}.documents",
+        "        return x.flatten(0, 1)[self.index].masked_fill_(~self._real(x), 0)",
+        "        return x.flatten(0, 1)[self.index]",
+    ),
+    Fault(
+        "a document that loses its last token",
+        f"{LINFORMER}.documents",
+        "    return first, last - first + 1",
+        "    return first, last - first",
     ),
     Fault(
         "a ring that forgets its first tokens",

@@ -23,16 +23,20 @@ def plain(draw: st.DrawFn, min_length: int = 1) -> Case:
 
 @st.composite
 def extras(draw: st.DrawFn) -> Case:
-    """Lengths that differ, and padding on either side."""
+    """Lengths that differ, packed segments, and padding on either side."""
     S = draw(st.integers(1, 70))
     T = draw(st.integers(1, S))
     case = _make(draw, T, S)
-    if not draw(st.booleans()):
-        return case
-    index = torch.arange(S)
-    left = draw(st.booleans())
-    counts = [draw(st.integers(0, S)) for _ in range(case.tensors["q"].shape[0])]
-    return case.given(attention_mask=torch.stack([(index >= n) if left else (index < S - n) for n in counts]))
+    B, index = case.tensors["q"].shape[0], torch.arange(S)
+    added = {}
+    if draw(st.booleans()):
+        cuts = torch.tensor(draw(st.lists(st.integers(1, 70), min_size=1, max_size=4)))
+        added["segment_ids"] = (index[:, None] >= cuts).sum(1).expand(B, S).contiguous()
+    if draw(st.booleans()):
+        left = draw(st.booleans())
+        counts = [draw(st.integers(0, S)) for _ in range(B)]
+        added["attention_mask"] = torch.stack([(index >= n) if left else (index < S - n) for n in counts])
+    return case.given(**added)
 
 
 def _make(draw: st.DrawFn, T: int, S: int) -> Case:

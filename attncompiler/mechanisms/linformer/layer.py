@@ -30,14 +30,11 @@ class LinformerSite(Site):
     ) -> tuple[Tensor, None]:
         """q, k, v (B, T, H, D), projections ([H,] R, P) → out (B, T, H, D).
 
-        Raises InputError for packed segments (E403) and for decoding (E503).
+        Raises InputError (E503) for decoding.
         """
-        if segment_ids is not None:
-            message = f"{self.label}: linformer sums over the whole sequence, and cannot keep packed segments apart"
-            raise fail(InputError, "E403", message, remedy="give each segment a row of its own, with attention_mask")
         if state is not None:
             raise _not_stepwise(self.label)
-        tensors = check(q, k, v, key_projection, value_projection, attention_mask)
+        tensors = check(q, k, v, key_projection, value_projection, segment_ids, attention_mask)
         return OPERATOR(tensors, self.options, self.handle)["out"], None
 
 
@@ -89,7 +86,8 @@ class Linformer(nn.Module):
         attention_mask: Tensor | None = None,
         state: State | None = None,
     ) -> tuple[Tensor, State | None]:
-        """hidden (B, T, M), attention_mask (B, T) → (B, T, M), and no state. T is at most the projections' columns."""
+        """hidden (B, T, M), segment_ids and attention_mask (B, T) → (B, T, M), and no state. No sequence is longer
+        than the projections have columns."""
         q = self.q_proj(hidden).unflatten(-1, (-1, self.head_width))
         k = self.k_proj(hidden).unflatten(-1, (-1, self.head_width))
         v = self.v_proj(hidden).unflatten(-1, (-1, self.head_width))

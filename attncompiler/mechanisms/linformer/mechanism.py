@@ -1,8 +1,4 @@
-"""Linformer's spec fields and kernels.
-
-Its projection mixes all positions of a sequence before a query meets any, so no mask can keep packed documents apart
-afterwards: segment_ids are refused (E403). Give each document a row of its own, with attention_mask.
-"""
+"""Linformer's spec fields and kernels."""
 
 from __future__ import annotations
 
@@ -77,13 +73,13 @@ KERNELS = (
     Kernel(
         name="sdpa",
         entry="attncompiler.mechanisms.linformer.kernels.sdpa:KERNEL",
-        needs=Needs(features={"padding": ANY, "deterministic": ANY}),
+        needs=Needs(features={"segments": ANY, "padding": ANY, "deterministic": ANY}),
         summary="keys and values projected by one matrix product each, then torch's fused attention",
     ),
     Kernel(
         name="eager",
         entry="attncompiler.mechanisms.linformer.reference:EAGER",
-        needs=Needs(features={"padding": ANY, "deterministic": ANY}),
+        needs=Needs(features={"segments": ANY, "padding": ANY, "deterministic": ANY}),
         summary="the reference itself: every option, all T×R scores in memory",
     ),
 )

@@ -9,7 +9,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attncompiler.mechanisms.base import discover, load_entry
 from attncompiler.planning.planner import too_long
 from attncompiler.spec.model import ModelSpec
 
@@ -108,13 +107,7 @@ def inputs_for(draw: st.DrawFn, spec: ModelSpec) -> Inputs:
     if draw(st.integers(0, 2)) == 2:
         padding = tuple(draw(st.lists(st.integers(0, length - 1), min_size=batch, max_size=batch)))
     cuts: tuple[int, ...] = ()
-    if length > 1 and packs(spec) and draw(st.integers(0, 2)) == 2:
+    if length > 1 and draw(st.integers(0, 2)) == 2:
         cuts = tuple(sorted(draw(st.lists(st.integers(1, length - 1), min_size=1, max_size=3, unique=True))))
     side: Literal["left", "right"] = draw(st.sampled_from(["right", "left"])) if padding else "right"
     return Inputs(spec, batch, length, draw(st.integers(0, 2**20)), side, padding, cuts)
-
-
-def packs(spec: ModelSpec) -> bool:
-    """Whether every mixer of the spec keeps packed segments apart."""
-    kinds = {layer.policy.kind for layer in spec.resolved_layers}
-    return all("segment_ids" in load_entry(discover()[kind].operator).inputs for kind in kinds)
