@@ -65,6 +65,11 @@ def comparison_row(name: str, comparison: Comparison, **more: Any) -> dict[str, 
     }
 
 
+def pattern_label(pattern: Mapping[str, Any]) -> str:
+    """A pattern as a spec holds it, in words."""
+    return f"{pattern['kind']} {', '.join(f'{name} {value}' for name, value in pattern.items() if name != 'kind')}"
+
+
 def mib(size: int) -> float:
     """Bytes as MiB."""
     return size / 2**20

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from attncompiler.bench.measure import Work, compare, peak_bytes
-from attncompiler.bench.report import Format, FormatOption, ThreadsOption, comparison_row, mib, show
+from attncompiler.bench.report import Format, FormatOption, ThreadsOption, comparison_row, mib, pattern_label, show
 from attncompiler.ops import attention
 
 HEADS, WIDTH = 8, 64
@@ -72,8 +72,7 @@ def row(
     if memory:
         small = (256, *arguments[1:])
         held = {f"{side.__name__}, MiB": mib(peak_bytes(side, arguments, small=small)) for side in (ours, other)}
-    text = ", ".join(f"{name} {value}" for name, value in pattern.items() if name != "kind")
-    case = f"{pattern['kind']} {text}: {'forward + backward' if backward else 'forward'}"
+    case = f"{pattern_label(pattern)}: {'forward + backward' if backward else 'forward'}"
     return comparison_row(case, comparison, **{"density, %": 100 * density(pattern, seq_len)}, **held)
 
 

@@ -269,6 +269,8 @@ class Mechanism:
     """whether it cannot take more tokens than the model's max_position_embeddings"""
     sees: Callable[[Any, int], tuple[str, float]] | None = None
     """(policy, tokens T) → what a token sees of the others, in a word, and the share of all T² pairs that meet"""
+    helpers: tuple[str, ...] = ()
+    """entries of public functions about the mechanism that run no kernel, in `attncompiler.ops` too"""
     places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """feature → where the policy asks for it, for features that are not named as a field is"""
 

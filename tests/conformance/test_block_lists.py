@@ -12,7 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attncompiler import ops
 from attncompiler.bench.measure import Work, peak_bytes
+from attncompiler.errors import InputError
 from attncompiler.mechanisms.attention.block_lists import BlockLists, TileList, block_lists
 from attncompiler.mechanisms.attention.cases import PATTERNS
 from attncompiler.mechanisms.attention.intervals import seen_by_all, seen_by_some
@@ -74,6 +76,27 @@ def test_block_lists_equal_the_dense_mask(
     assert torch.equal(as_mask(lists.partial, rows, columns), some & ~every)
     assert torch.equal(as_mask(lists.full_transposed, columns, rows), every.T)
     assert torch.equal(as_mask(lists.partial_transposed, columns, rows), (some & ~every).T)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pattern": "bands"}, "E403 pattern 'bands' is not valid"),
+        ({"tile_q": 0}, "E403 tile_q must be a whole number of at least 1, not 0"),
+        ({"keys": 2.0}, "E403 keys must be a whole number"),
+        ({"layer": -1}, "E403 layer must be a whole number of at least 0"),
+    ],
+)
+def test_what_lists_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ops.block_lists(**{"pattern": "causal", "queries": 8, "keys": 8, **arguments})
+
+
+def test_a_pattern_may_be_named_or_be_as_in_yaml() -> None:
+    named, written = ops.block_lists("causal", 9, 9, tile_q=4, tile_k=4), {"kind": "sliding_window", "window": 4}
+    assert [len(named.full), len(named.partial)] == [4, 2]  # of the last tile there is one token, which sees itself
+    made = [ops.block_lists(pattern, 9, 9, tile_q=4, tile_k=4) for pattern in (written, SlidingWindow(window=4))]
+    assert torch.equal(made[0].partial.indices, made[1].partial.indices)
 
 
 MILLION, WINDOW, GLOBALS, BLOCK = 2**20, 4096, 64, 128

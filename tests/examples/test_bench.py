@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from attncompiler.bench import decode, linear, measure, report, scaling, sparse, startup, train_step
+from attncompiler.bench import blocks, decode, linear, measure, report, scaling, sparse, startup, train_step
 from attncompiler.errors import UsageError
 
 times = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=9)
@@ -99,6 +99,15 @@ def test_the_causal_peer_is_causal_attention(monkeypatch: pytest.MonkeyPatch) ->
     sparse.ours(100, json.dumps({"kind": "causal"}), True)()
     sparse.causal(100, json.dumps({"kind": "sliding_window", "window": 4}), True)()
     torch.testing.assert_close(seen[0], seen[1].transpose(1, 2))
+
+
+def test_blocks_at_a_small_size() -> None:
+    window = "{kind: sliding_window, window: 256}"
+    [found] = invoke(blocks.main, "--seq-len", str(2**15), "--pattern", window, "--repeats", "1")["rows"]
+    assert found["pattern"] == "sliding_window window 256"
+    # of each block of 128 queries its own, the block before and the one the window begins in
+    assert found["tiles"] == 3 * 2**8 - 3
+    assert found["MiB"] < 64  # a mask of all pairs has 1024
 
 
 def test_linear_at_a_tiny_size() -> None:

@@ -6,14 +6,17 @@ skip what is not listed, and mask only what is listed as partial.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attncompiler.mechanisms.attention.intervals import Range, seen_by_all, seen_by_some
+from attncompiler.mechanisms.attention.op import as_pattern
 from attncompiler.mechanisms.attention.pattern import Pattern
+from attncompiler.runtime.inputs import whole as whole_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,28 @@ class BlockLists:
 
 
 def block_lists(
-    pattern: Pattern, queries: int, keys: int, *, tile_q: int = 128, tile_k: int = 128, layer: int = 0
+    pattern: str | Mapping[str, Any] | Pattern,
+    queries: int,
+    keys: int,
+    *,
+    tile_q: int = 128,
+    tile_k: int = 128,
+    layer: int = 0,
 ) -> BlockLists:
-    """The block lists of a call of `queries` queries and `keys` keys, the last of each side by side."""
+    """The tiles that a pattern keeps of a call of `queries` queries and `keys` keys, the last of each side by side.
+
+    `pattern` is as in `attention`. Time and memory are those of the kept tiles. Raises InputError (E403) on a pattern
+    that is none, and on sizes that are no whole numbers of at least 1 (`layer`: 0).
+    """
+    pattern = as_pattern(pattern)
+    for name, value, least in (
+        ("queries", queries, 1),
+        ("keys", keys, 1),
+        ("tile_q", tile_q, 1),
+        ("tile_k", tile_k, 1),
+        ("layer", layer, 0),
+    ):
+        whole_number(name, value, least)
     before, columns = keys - queries, -(-keys // tile_k)
     touched, whole = [], []
     for start in range(before, keys, tile_q):

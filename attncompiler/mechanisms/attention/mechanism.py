@@ -161,6 +161,7 @@ MECHANISM = Mechanism(
     layer="attncompiler.mechanisms.attention.layer:Attention",
     operator="attncompiler.mechanisms.attention.op:OPERATOR",
     function="attncompiler.mechanisms.attention.op:attention",
+    helpers=("attncompiler.mechanisms.attention.block_lists:block_lists",),
     reference="attncompiler.mechanisms.attention.reference:attention",
     cases="attncompiler.mechanisms.attention.cases:CASES",
     relations=relations,
