@@ -76,11 +76,12 @@ def test_opcheck(mechanism: Mechanism, device: str, cases: Cases, count: int, dt
 
 
 def test_the_fake_promises_what_is_given(mechanism: Mechanism, device: str, cases: Cases) -> None:
-    """Shapes, dtypes and strides, for every optional input; the stride of an axis of one element is anyone's."""
+    """Shapes, dtypes, strides and where they begin, for every optional input; an axis of one element may have any
+    stride."""
 
-    def layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, list[int]]:
+    def layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, list[int], int]:
         pairs = zip(tensor.shape, tensor.stride(), strict=True)
-        return tensor.shape, tensor.dtype, [stride for size, stride in pairs if size > 1]
+        return tensor.shape, tensor.dtype, [stride for size, stride in pairs if size > 1], int(tensor.storage_offset())
 
     for case in drawn(cases.extras(), 20):
         for dtype in (torch.float32, torch.bfloat16):

@@ -30,7 +30,7 @@ def forward(inputs: Tensors, options: LinformerOptions) -> dict[str, Tensor]:
     q = _beside_keys(q, k)
     for part in parts:
         part.add_to(out, _attend(part.taken(q), part.taken(k), part.taken(v), inputs))
-    return {"out": last_queries(out, inputs["q"].shape[1]).contiguous()}
+    return {"out": _of_queries(out, inputs["q"].shape[1])}
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, inputs: Tensors) -> Tensor:
@@ -55,7 +55,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Linform
             taken = (part.taken(grad), part.taken(q), part.taken(k), part.taken(v))
             for into, rows in zip((dq, dk, dv), _attend_backward(*taken, inputs, projections), strict=True):
                 part.add_to(into, rows)
-        dq = last_queries(dq, T).contiguous()
+        dq = _of_queries(dq, T)
     summed = {name: dprojection.to(inputs[name].dtype) for name, dprojection in projections.items()}
     return {"q": dq, "k": dk, "v": dv, **summed}
 
@@ -104,6 +104,13 @@ def _wide(x: Tensor) -> Tensor:
 def _beside_keys(x: Tensor, keys: Tensor) -> Tensor:
     """x (B, T, H, ·) behind S − T rows of zeros: the last query stands at the last key."""
     return pad(x, (0, 0, 0, 0, keys.shape[1] - x.shape[1], 0))
+
+
+def _of_queries(x: Tensor, queries: int) -> Tensor:
+    """What `_beside_keys` put behind zeros, in memory of its own."""
+    if x.shape[1] == queries:
+        return x
+    return last_queries(x, queries).clone(memory_format=torch.contiguous_format)
 
 
 def _project(x: Tensor, projection: Tensor) -> Tensor:
