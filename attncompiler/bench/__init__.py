@@ -2,7 +2,9 @@
 
     python -m attncompiler.bench.train_step     a training step against HF transformers (needs the extra `hf`)
     python -m attncompiler.bench.sparse         sparse patterns against SDPA, masked or causal: time and memory
+    python -m attncompiler.bench.blocks         patterns as block lists: time and memory
     python -m attncompiler.bench.linear         linear attention and the Performer against the plain causal form
+    python -m attncompiler.bench.decode         `generate` against HF's, and steps early and late in a sequence
     python -m attncompiler.bench.scaling        time per token of the linear-time mixers as the length grows
     python -m attncompiler.bench.startup        `build` of a large spec on meta, and `check`: time and memory
 

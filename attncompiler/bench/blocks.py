@@ -1,7 +1,9 @@
 """How long patterns take to become block lists, and what memory that needs.
 
-python -m attncompiler.bench.blocks
-python -m attncompiler.bench.blocks --seq-len 131072 --pattern '{kind: random, random_blocks: 3}'
+    python -m attncompiler.bench.blocks
+    python -m attncompiler.bench.blocks --seq-len 131072 --pattern '{kind: random, random_blocks: 3}'
+
+The lists of each pattern are made in turns; memory is that of a process of its own.
 """
 
 from __future__ import annotations

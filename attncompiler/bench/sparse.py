@@ -45,7 +45,7 @@ class Peer(StrEnum):
 def main(
     seq_len: Annotated[int, typer.Option(help="T")] = 4096,
     patterns: Annotated[
-        list[str] | None, typer.Option("--pattern", help="a pattern as in a spec, several times (default: four)")
+        list[str] | None, typer.Option("--pattern", help="a pattern as in a spec, several times (default: six)")
     ] = None,
     peer: Annotated[Peer, typer.Option(help="SDPA with the pattern as a mask, or causal")] = Peer.dense,
     memory: Annotated[bool, typer.Option(help="also measure the peak memory of each side")] = False,
