@@ -21,6 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # read when Triton is first imported: without a GPU its kernels are run by its interpreter
+    if config.getoption("--device") == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
     return request.config.getoption("--device")

@@ -101,6 +101,22 @@ class Needs:
     min_compute_capability: tuple[int, int] | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
     """import name → the command that installs it"""
+    interpreted: tuple[str, ...] = ()
+    """dtypes that Triton's interpreter, which runs a GPU's kernel on a CPU for whoever tests it, computes right"""
+
+    def device_refusal(self, name: str, target: Target, environment: Environment | None) -> str | None:
+        """Why the kernel of that name does not run on such a device; None where it does."""
+        if target.device_type not in self.device_types:
+            interpreting = environment is not None and environment.interpreting
+            if self.interpreted and interpreting and target.device_type == "cpu":
+                return None
+            return f"{name} runs on {' and '.join(self.device_types)} only"
+        if self.vendor is not None and target.vendor not in (self.vendor, "any"):
+            return f"{name} needs {self.vendor} hardware, {target.name} is {target.vendor}"
+        wanted = self.min_compute_capability
+        if wanted is not None and (target.compute_capability or (0, 0)) < wanted:
+            return f"{name} needs compute capability {'.'.join(map(str, wanted))} or later"
+        return None
 
     def refuse(self, feature: str, value: Value) -> str | None:
         """What is said of a feature's value that is not offered; None where it is, or where it asks for nothing."""
@@ -138,19 +154,11 @@ def refusals(
     that the plan for a listed target does not depend on where it was made.
     """
     needs, found = kernel.needs, []
-    if target.device_type not in needs.device_types:
-        found.append(Refusal("target", f"{kernel.name} runs on {' and '.join(needs.device_types)} only"))
-    elif needs.vendor is not None and target.vendor not in (needs.vendor, "any"):
-        found.append(
-            Refusal("target", f"{kernel.name} needs {needs.vendor} hardware, {target.name} is {target.vendor}")
-        )
-    elif (
-        needs.min_compute_capability is not None
-        and (target.compute_capability or (0, 0)) < needs.min_compute_capability
-    ):
-        wanted = ".".join(map(str, needs.min_compute_capability))
-        found.append(Refusal("target", f"{kernel.name} needs compute capability {wanted} or later"))
-    if request.dtype is not None and request.dtype not in needs.dtypes:
+    refused = needs.device_refusal(kernel.name, target, environment)
+    if refused is not None:
+        found.append(Refusal("target", refused))
+    interpreted = refused is None and target.device_type not in needs.device_types
+    if request.dtype is not None and request.dtype not in (needs.interpreted if interpreted else needs.dtypes):
         found.append(Refusal("option", f"{kernel.name} does not take {request.dtype}"))
     for name, value in request.features.items():
         refused = needs.refuse(name, value)

@@ -28,6 +28,8 @@ class Environment:
     python: str
     system: str
     """operating system and machine, such as "Linux x86_64\""""
+    interpreting: bool = False
+    """whether Triton was told (TRITON_INTERPRET=1) to run kernels by its interpreter on a CPU, to be tested"""
 
 
 @cache
@@ -37,7 +39,12 @@ def detect_environment() -> Environment:
     for name, distributions in sorted(metadata.packages_distributions().items()):
         if name.isidentifier():
             found[name] = metadata.version(distributions[0])
-    return Environment(MappingProxyType(found), platform.python_version(), f"{platform.system()} {platform.machine()}")
+    return Environment(
+        MappingProxyType(found),
+        platform.python_version(),
+        f"{platform.system()} {platform.machine()}",
+        interpreting="triton" in found and os.environ.get("TRITON_INTERPRET") == "1",
+    )
 
 
 def detect_target(device_type: str | None = None) -> Target:

@@ -121,6 +121,20 @@ EVERYTHING: Mapping[str, OneOf | AtMost | None] = dict.fromkeys(
 
 KERNELS = (
     Kernel(
+        name="triton",
+        entry="attncompiler.mechanisms.attention.kernels.triton.kernel:KERNEL",
+        needs=Needs(
+            features=EVERYTHING,
+            device_types=("cuda",),
+            dtypes=("float32", "bfloat16", "float16"),
+            vendor="nvidia",
+            min_compute_capability=(8, 0),
+            packages={"triton": "pip install 'attncompiler[gpu]'"},
+            interpreted=("float32", "float16"),
+        ),
+        summary="built-in flash attention: every pattern and option, forward and backward",
+    ),
+    Kernel(
         name="sdpa",
         entry="attncompiler.mechanisms.attention.kernels.sdpa:KERNEL",
         needs=Needs(
