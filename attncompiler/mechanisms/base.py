@@ -100,7 +100,13 @@ class Needs:
     vendor: str | None = None
     min_compute_capability: tuple[int, int] | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
-    """import name → the command that installs it"""
+    """import name, or a distribution's own name → the command that installs it"""
+    on: Mapping[str, Needs] = field(default_factory=dict)
+    """device type → all that is needed there, of a kernel that is another one on that device"""
+
+    def at(self, device_type: str) -> Needs:
+        """What is needed on a device of that type."""
+        return self.on.get(device_type, self)
 
     def refuse(self, feature: str, value: Value) -> str | None:
         """What is said of a feature's value that is not offered; None where it is, or where it asks for nothing."""
@@ -137,9 +143,9 @@ def refusals(
     With `environment=None` (a listed target that is not this machine) only target and option refusals count, so
     that the plan for a listed target does not depend on where it was made.
     """
-    needs, found = kernel.needs, []
-    if target.device_type not in needs.device_types:
-        found.append(Refusal("target", f"{kernel.name} runs on {' and '.join(needs.device_types)} only"))
+    needs, found = kernel.needs.at(target.device_type), []
+    if target.device_type not in kernel.needs.device_types:
+        found.append(Refusal("target", f"{kernel.name} runs on {' and '.join(kernel.needs.device_types)} only"))
     elif needs.vendor is not None and target.vendor not in (needs.vendor, "any"):
         found.append(
             Refusal("target", f"{kernel.name} needs {needs.vendor} hardware, {target.name} is {target.vendor}")

@@ -51,11 +51,12 @@ def _offers(metafunc: pytest.Metafunc, mechanism: Mechanism) -> bool:
 
 
 def _kernels(mechanisms: list[Mechanism], wanted: set[str], device: str) -> Iterator[dict[str, Any]]:
+    device_type = device.partition(":")[0]
     for mechanism in mechanisms:
         for kernel in mechanism.kernels:
-            if device.partition(":")[0] not in kernel.needs.device_types:
+            if device_type not in kernel.needs.device_types:
                 continue
-            offered = [name for name in DTYPES if name in kernel.needs.dtypes]
+            offered = [name for name in DTYPES if name in kernel.needs.at(device_type).dtypes]
             dtypes = {"widest": [offered[0], "float32"], "dtype": offered}
             column = next((column for column in dtypes if column in wanted), None)
             if column is None:
