@@ -101,6 +101,8 @@ class Needs:
     min_compute_capability: tuple[int, int] | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
     """import name, or a distribution's own name → the command that installs it"""
+    known: Mapping[str, str] = field(default_factory=dict)
+    """feature that is not offered, or not at every value → what is known of it, said with the refusal"""
     on: Mapping[str, Needs] = field(default_factory=dict)
     """device type → all that is needed there, of a kernel that is another one on that device"""
 
@@ -112,11 +114,12 @@ class Needs:
         """What is said of a feature's value that is not offered; None where it is, or where it asks for nothing."""
         if not value or value == "none":
             return None
+        because = f": {self.known[feature]}" if feature in self.known else ""
         if feature not in self.features:
-            return feature if value is True else f"{feature} = {value}"
+            return (feature if value is True else f"{feature} = {value}") + because
         accepts = self.features[feature]
         limit = accepts.refuses(value) if accepts is not None else None
-        return None if limit is None else f"{feature} = {value} ({limit})"
+        return None if limit is None else f"{feature} = {value} ({limit}){because}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,9 @@ def test_every_pair_of_options_runs_or_refuses_in_words(row: dict[str, Any], dev
     with pytest.raises(KernelError) as error:
         kernel_call(kernel.name)(case)
     message = str(error.value)
-    assert message.startswith(f"E501 no kernel could run attention (forward) on {device}: {kernel.name}: {kernel.name} ")
+    assert message.startswith(
+        f"E501 no kernel could run attention (forward) on {device}: {kernel.name}: {kernel.name} "
+    )
     said = {"softcap": "softcap = 3.0", "alibi": "alibi", "dropout": "dropout = 0.3"}
     for option, words in said.items():
         offered = kernel.needs.at(device).refuse(option, row[option]) is None

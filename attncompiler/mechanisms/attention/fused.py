@@ -167,7 +167,7 @@ class _Call:
         if bias is not None:
             if bias.shape[0] != 1 and H != K:
                 bias = bias.repeat_interleave(K, 0)
-            bias = bias.expand(q.shape[0], q.shape[2], -1, -1)
+            bias = bias.expand(q.shape[0], q.shape[2], -1, -1)[..., :S]
         return _Call(q, k, v, bias, empty, mask, window)
 
 
@@ -186,9 +186,10 @@ def together(tensor: Tensor, parts: int) -> Tensor:
 
 
 def _bias(inputs: Tensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """What to add to the scores, (B or 1, 1, T, S) of 0 and −∞ in q's dtype, and which rows see nothing (B or 1, T).
+    """What to add to the scores, (B or 1, 1, T, S′) of 0 and −∞ in q's dtype, and which rows see nothing (B or 1, T).
 
-    Such rows are given every key, so that no maximum and no sum of theirs is special; what they find is dropped.
+    S′ is S with room behind it, so that each row begins at a multiple of 16 bytes. Rows that see nothing are given every key,
+    so that no maximum and no sum of theirs is special; what they find is dropped.
     """
     q, T, S = inputs["q"], inputs["q"].shape[1], inputs["k"].shape[1]
     rows = max(1, MASK_ROWS // S)
@@ -198,13 +199,13 @@ def _bias(inputs: Tensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:
         seen = visible(inputs, options.pattern, part, layer=options.layer)
         nothing = ~seen.any(-1)
         if bias is None or empty is None:
-            bias = q.new_zeros(seen.shape[0], T, rounded(S, 16))  # rows begin at a multiple of 16 bytes
+            bias = q.new_zeros(seen.shape[0], T, rounded(S, 8))
             empty = nothing.new_empty(seen.shape[0], T)
         bias[:, part, :S].masked_fill_(~(seen | nothing[..., None]), -torch.inf)
         empty[:, part] = nothing
     assert bias is not None
     assert empty is not None
-    return bias[:, None, :, :S], empty
+    return bias[:, None], empty
 
 
 def _efficient(inputs: Tensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:

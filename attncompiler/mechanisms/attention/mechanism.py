@@ -119,7 +119,7 @@ def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
 MASKS = dict.fromkeys(("segments", "padding", "positions"))
 """which keys there are, beside the pattern"""
 SHAPES = dict.fromkeys(("head_dim", "lengths", "single_token"))
-"""facts of a call that some kernel does not offer: D; T ≠ S, where the pattern reads positions; T or S of 1"""
+"""facts of a call: D; that T ≠ S, where the pattern reads positions; that T or S is 1"""
 EVERYTHING: Mapping[str, OneOf | AtMost | None] = dict.fromkeys(
     (
         *("pattern", "deterministic", "value_width", "softcap", "alibi", "sinks", "dropout"),
@@ -128,18 +128,46 @@ EVERYTHING: Mapping[str, OneOf | AtMost | None] = dict.fromkeys(
         *SHAPES,
     )
 )
-"""Of the bytes that a dense mask would take, `band_mask_bytes` are those of a mask that says a band (`is_band`)."""
+"""Of a dense mask's bytes, `band_mask_bytes` are those of one that says no more than a band (`is_band`) does.
+`drawn_on_device`: what is drawn for a query follows from positions or lengths that only the device knows.
+"""
 
 MASK_LIMIT = AtMost(2**26, "bytes")
 HALF = ("bfloat16", "float16")
 
 KERNELS = (
     Kernel(
+        name="flash_attention_4",
+        entry="attncompiler.mechanisms.attention.kernels.flash_attention_4:KERNEL",
+        needs=Needs(
+            features={
+                "pattern": OneOf("full", "causal", "sliding_window"),
+                "head_dim": AtMost(128),
+                "value_width": AtMost(128),
+                "lengths": OneOf("fewer queries than keys"),
+                "band_mask_bytes": ANY,
+                "sinks": ANY,
+            },
+            device_types=("cuda",),
+            dtypes=HALF,
+            vendor="nvidia",
+            min_compute_capability=(9, 0),
+            packages={"flash-attn-4": "pip install 'attncompiler[fa4]'"},
+            known={
+                "pattern": "of block lists its backward was wrong at D = 64 (flash-attention #2623)",
+                "head_dim": "its backward was wrong at D = 256 (TransformerEngine #3216)",
+                "mask_bytes": "its backward does not read masks that its forward does (flash-attention #2424)",
+                "softcap": "its backward hangs (flash-attention #2466)",
+                "segments": "they need a host read of their lengths",
+                "lengths": "rows that see nothing are not promised",
+            },
+        ),
+        summary="FlashAttention-4: full, causal, and windows without global tokens",
+    ),
+    Kernel(
         name="cudnn",
         entry="attncompiler.mechanisms.attention.kernels.cudnn:KERNEL",
         needs=Needs(
-            # no mask: its backward gives NaN with one where S % 128 = 64 (pytorch #196678, cuDNN of torch 2.11); a
-            # single query or key it does not build (pytorch #138529); nothing says that its backward is repeatable
             features={
                 "pattern": OneOf("full", "causal"),
                 "head_dim": AtMost(128),
@@ -150,6 +178,12 @@ KERNELS = (
             dtypes=HALF,
             vendor="nvidia",
             min_compute_capability=(8, 0),
+            known={
+                **dict.fromkeys(MASKS, "its backward gives NaN with a mask where S % 128 = 64 (pytorch #196678)"),
+                "single_token": "it builds no backward for one (pytorch #138529)",
+                "lengths": "it is causal from the top left",
+                "deterministic": "nothing says that its backward is repeatable",
+            },
         ),
         summary="cuDNN's fused attention, through torch: causal of equal lengths, and full",
     ),

@@ -79,6 +79,7 @@ def _features(inputs: Tensors, options: AttentionOptions) -> Mapping[str, Value]
     dense = dense or (pattern.kind == "causal" and T != 1 and not (T == S and positive))
     mask_bytes = (B if any(masks.values()) else 1) * T * S * q.element_size() if dense else 0
     band = is_band(pattern) and T <= S and positive and not any(masks.values())
+    drawn_on_device = pattern.kind == "random" and (masks["positions"] or (any(masks.values()) and not pattern.causal))
     unequal = "fewer queries than keys" if T < S else "more queries than keys" if T > S else None
     return {
         "pattern": pattern.kind,
@@ -93,7 +94,7 @@ def _features(inputs: Tensors, options: AttentionOptions) -> Mapping[str, Value]
         "non_positive_scale": not positive,
         "mask_bytes": 0 if band else mask_bytes,
         "band_mask_bytes": mask_bytes if band else 0,
-        "drawn_on_device": pattern.kind == "random" and (masks["positions"] or (any(masks.values()) and not pattern.causal)),
+        "drawn_on_device": drawn_on_device,
         **masks,
     }
 

@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
 from attncompiler.mechanisms.attention import sinks
 from attncompiler.mechanisms.attention.block_lists import TileList, block_lists
 from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, Full, LocalGlobal, Pattern, Random, is_band
-from attncompiler.mechanisms.attention.random_blocks import drawn_range
+from attncompiler.mechanisms.attention.random_blocks import NONE, drawn_range
 from attncompiler.mechanisms.attention.visibility import pattern_visible, positions, query_mask
 from attncompiler.mechanisms.attention.widths import widened
 from attncompiler.runtime.implementation import Implementation, Tensors, differentiate
@@ -37,7 +37,7 @@ from attncompiler.runtime.implementation import Implementation, Tensors, differe
 TILE = 128
 LEAST_WIDTH = 16
 """The narrowest head that the kernel multiplies."""
-KERNEL_OPTIONS = {"BACKEND": "TRITON"}
+KERNEL_OPTIONS: FlexKernelOptions = {"BACKEND": "TRITON"}
 
 
 # --- what a query sees, element by element --------------------------------------------------------------------------
@@ -50,8 +50,8 @@ class Kind:
     pattern: Pattern
     scale: float
     softcap: float | None
-    given: frozenset[str]
-    """which of `captured` there are"""
+    given: frozenset[tuple[str, int]]
+    """which of `captured` there are, and of how many axes"""
 
 
 Formula = Callable[[Tensor, Tensor], Tensor]
@@ -88,16 +88,17 @@ def captured(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
         found["slopes"] = inputs["alibi_slopes"].float()
     if isinstance(options.pattern, Random):
         found["drawn"], found["first_row"] = _draws(options.pattern, options.layer, T, S, q.device)
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+    # one row for the whole batch is read by one index: torch 2.11 takes a number beside a tensor for data it must know
+    return {name: (x[0] if x.dim() == 2 and len(x) == 1 else x).contiguous() for name, x in found.items()}
 
 
 @lru_cache(maxsize=64)
 def _draws(pattern: Random, layer: int, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The blocks that each block of queries sees by chance (rows, at least 1), and the number of the first row (1,)."""
+    """The blocks (random_blocks · rows,) that each block of queries sees by chance, and the number of the first row."""
     first, last = min(0, S - T) // pattern.block_size, (S - 1) // pattern.block_size
     drawn = drawn_range(pattern, layer, first, last, -(-S // pattern.block_size))
-    drawn = drawn if drawn.shape[1] else drawn.new_full((len(drawn), 1), -1)
-    return drawn.to(device), torch.tensor([first], device=device)
+    drawn = torch.nn.functional.pad(drawn, (0, pattern.random_blocks - drawn.shape[1]), value=NONE)
+    return drawn.T.flatten().to(device), torch.tensor(first, device=device)
 
 
 def mods(
@@ -105,11 +106,11 @@ def mods(
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor] | None]:
     """FlexAttention's mask_mod and score_mod over `captured` tensors."""
     pattern, softcap = kind.pattern, kind.softcap
-    count = data["drawn"].shape[1] if "drawn" in data else 0
+    chances = pattern.random_blocks if isinstance(pattern, Random) else 0
 
     def read(name: str, b: Tensor, index: Tensor) -> Tensor:
         tensor = data[name]
-        return tensor[0, index] if tensor.shape[0] == 1 else tensor[b, index]
+        return tensor[index] if tensor.dim() == 1 else tensor[b, index]
 
     def places(b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> tuple[Tensor, Tensor]:
         return (read("i", b, q_idx), read("j", b, kv_idx)) if "i" in data else (q_idx, kv_idx)
@@ -117,10 +118,11 @@ def mods(
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         i, j = places(b, q_idx, kv_idx)
         seen = sees(i, j)
-        if "drawn" in data:
-            row, column = i // pattern.block_size - data["first_row"][0], j // pattern.block_size  # type: ignore[union-attr]
-            for number in range(count):
-                chance = data["drawn"][row, number] == column
+        if chances:
+            size = pattern.block_size  # type: ignore[union-attr]
+            row, column = i // size - data["first_row"], j // size
+            for number in range(chances):
+                chance = data["drawn"][row + number * (len(data["drawn"]) // chances)] == column
                 seen = seen | ((j <= i) & chance if pattern.causal else chance)
         if "query_segments" in data:
             seen = seen & (read("query_segments", b, q_idx) == read("key_segments", b, kv_idx))
@@ -198,10 +200,15 @@ def _listed(rows: Tensor, columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, kind: Kind, sees: Formula, data: dict[str, Tensor], tiles: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """q (B, H, T, D), k (B, K, S, D), v (B, K, S, V) → out (B, H, T, V), lse (B, H, T)."""
+    """q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) → out (B, T, H, V), lse (B, H, T)."""
+    width = v.shape[-1]
+    q, k, v = (widened(tensor, max(LEAST_WIDTH, tensor.shape[-1])).transpose(1, 2) for tensor in (q, k, v))
     mask_mod, score_mod = mods(kind, sees, data)
     mask = BlockMask(
-        seq_lengths=(q.shape[2], k.shape[2]), BLOCK_SIZE=(TILE, TILE), mask_mod=mask_mod, **tiles  # type: ignore[arg-type]
+        seq_lengths=(q.shape[2], k.shape[2]),
+        BLOCK_SIZE=(TILE, TILE),
+        mask_mod=mask_mod,
+        **tiles,  # type: ignore[arg-type]
     )
     out, aux = flex_attention(
         q,
@@ -214,29 +221,32 @@ def attend(
         kernel_options=KERNEL_OPTIONS,  # type: ignore[arg-type]
         return_aux=AuxRequest(lse=True),
     )
-    return out, aux.lse
+    return out.transpose(1, 2)[..., :width], aux.lse
 
 
 @lru_cache(maxsize=256)
-def _compiled(kind: Kind, heads: tuple[int, ...], dtype: torch.dtype) -> Callable[..., Any]:
-    """`attend` for one kind, as a function of its own: torch counts the recompilations of each, and stops at 8."""
+def _compiled(kind: Kind, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[..., Any]:
+    """`attend` for one kind, as a function of its own name.
+
+    torch keeps by name what it has seen vary between calls, numbers of the kind too, and stops at 8 recompilations.
+    """
     sees = formula(kind.pattern)
 
     def run(q: Tensor, k: Tensor, v: Tensor, data: dict[str, Tensor], tiles: dict[str, Tensor]) -> Any:
         return attend(q, k, v, kind, sees, data, tiles)
 
-    own = FunctionType(run.__code__.replace(co_name="flex"), run.__globals__, "flex", None, run.__closure__)
-    return torch.compile(own, fullgraph=True)
+    code = run.__code__.replace(co_name=f"flex_{hash((kind, shape, dtype)):x}".replace("-", "_"))
+    return torch.compile(FunctionType(code, run.__globals__, code.co_name, None, run.__closure__), fullgraph=True)
 
 
 def _call(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
-    q, k, v = (widened(inputs[n], max(LEAST_WIDTH, inputs[n].shape[-1])).transpose(1, 2) for n in "qkv")
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
     data = captured(inputs, options)
-    kind = Kind(options.pattern, options.softmax_scale(inputs["q"].shape[-1]), options.softcap, frozenset(data))
-    run = _compiled(kind, (q.shape[1], k.shape[1], q.shape[3], v.shape[3]), q.dtype)
+    given = frozenset((name, tensor.dim()) for name, tensor in data.items())
+    kind = Kind(options.pattern, options.softmax_scale(q.shape[-1]), options.softcap, given)
+    run = _compiled(kind, (*q.shape[2:], *v.shape[2:]), q.dtype)
     with torch._C.DisableTorchFunction():  # a mode of the caller's would be compiled with it
         out, lse = run(q, k, v, data, Tiles.of(inputs, options).tensors)
-    out = out.transpose(1, 2)[..., : inputs["v"].shape[-1]]
     if "sinks" in inputs:
         out, lse = sinks.join(out, lse, inputs["sinks"])
     return {"out": out, "lse": lse}

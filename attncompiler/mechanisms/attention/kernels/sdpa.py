@@ -1,7 +1,8 @@
 """torch's own fused attention, below F.scaled_dot_product_attention, which hides the lse.
 
-On a GPU that is FlashAttention-2 or the memory-efficient kernel (`fused`). The flash attention for CPUs reads (B, T, H, D) through transposed views and serves grouped heads without repetition. Its causal flag is aligned
-to the top left, so it stands for ours only where T = S. Any other visibility is an additive mask of T × S.
+On a GPU that is FlashAttention-2 or the memory-efficient kernel (`fused`). The flash attention for CPUs reads
+(B, T, H, D) through transposed views and serves grouped heads without repetition. Its causal flag is aligned to the top
+left, so it stands for ours only where T = S. Any other visibility is an additive mask of T × S.
 """
 
 from __future__ import annotations
