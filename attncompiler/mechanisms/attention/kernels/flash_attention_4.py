@@ -1,4 +1,4 @@
-"""FlashAttention-4 (https://arxiv.org/abs/2603.05451), of the package flash-attn-4: CuTe kernels compiled as they are met.
+"""FlashAttention-4 (https://arxiv.org/abs/2603.05451), of the package flash-attn-4: CuTe kernels, compiled when met.
 
 Its forward and backward are called apart, below flash_attn_func, which keeps what it saves to itself. Its causal mask
 and window are aligned to the bottom right, as ours are, and it serves grouped heads without repetition. Heads are

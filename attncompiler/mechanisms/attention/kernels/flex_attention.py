@@ -1,15 +1,15 @@
 """torch's FlexAttention (https://arxiv.org/abs/2412.05496): a Triton kernel compiled for each pattern and option.
 
 Which tiles are met comes from the pattern's block lists, made analytically; within a tile the pattern's own formula is
-traced into the kernel. Where positions are not those of the pattern's lists (packed documents, padding, positions given)
-every tile that may be met is masked by the formula.
+traced into the kernel. Where positions are not those of the lists (packed documents, padding, positions given) every
+tile that may be met is masked by the formula.
 
 The backward recomputes the forward under autograd: torch's backward operator takes the out and lse of another kernel
 only inside a graph that Dynamo has traced itself. It adds no numbers in an order of chance, so it is repeatable.
 
-A kernel is compiled once for each pattern, option, head count and width; torch compiles it for a length of its own at
-first, and when a second one comes, once more for all others. Layers share it: what differs from layer to layer, the
-draws of `random`, is data.
+A kernel is compiled once for each pattern, option, head count and width; torch compiles it for one length at first, and
+when a second one comes, once more for all others. Layers share it: what differs from layer to layer, the draws of
+`random`, is data.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _listed(rows: Tensor, columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, kind: Kind, sees: Formula, data: dict[str, Tensor], tiles: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) → out (B, T, H, V), lse (B, H, T)."""
     width = v.shape[-1]
     q, k, v = (widened(tensor, max(LEAST_WIDTH, tensor.shape[-1])).transpose(1, 2) for tensor in (q, k, v))
@@ -218,14 +218,14 @@ def attend(
         block_mask=mask,
         scale=kind.scale,
         enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=KERNEL_OPTIONS,  # type: ignore[arg-type]
+        kernel_options=KERNEL_OPTIONS,
         return_aux=AuxRequest(lse=True),
     )
     return out.transpose(1, 2)[..., :width], aux.lse
 
 
 @lru_cache(maxsize=256)
-def _compiled(kind: Kind, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[..., Any]:
+def _compiled(kind: Kind, shape: tuple[int, ...], dtype: torch.dtype, recorded: bool) -> Callable[..., Any]:
     """`attend` for one kind, as a function of its own name.
 
     torch keeps by name what it has seen vary between calls, numbers of the kind too, and stops at 8 recompilations.
@@ -235,7 +235,7 @@ def _compiled(kind: Kind, shape: tuple[int, ...], dtype: torch.dtype) -> Callabl
     def run(q: Tensor, k: Tensor, v: Tensor, data: dict[str, Tensor], tiles: dict[str, Tensor]) -> Any:
         return attend(q, k, v, kind, sees, data, tiles)
 
-    code = run.__code__.replace(co_name=f"flex_{hash((kind, shape, dtype)):x}".replace("-", "_"))
+    code = run.__code__.replace(co_name=f"flex_{hash((kind, shape, dtype, recorded)):x}".replace("-", "_"))
     return torch.compile(FunctionType(code, run.__globals__, code.co_name, None, run.__closure__), fullgraph=True)
 
 
@@ -244,7 +244,7 @@ def _call(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     data = captured(inputs, options)
     given = frozenset((name, tensor.dim()) for name, tensor in data.items())
     kind = Kind(options.pattern, options.softmax_scale(q.shape[-1]), options.softcap, given)
-    run = _compiled(kind, (*q.shape[2:], *v.shape[2:]), q.dtype)
+    run = _compiled(kind, (*q.shape[2:], *v.shape[2:]), q.dtype, torch.is_grad_enabled())
     with torch._C.DisableTorchFunction():  # a mode of the caller's would be compiled with it
         out, lse = run(q, k, v, data, Tiles.of(inputs, options).tensors)
     if "sinks" in inputs:
