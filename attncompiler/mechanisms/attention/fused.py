@@ -56,7 +56,8 @@ def flash_serves(inputs: Tensors, options: AttentionOptions) -> bool:
     q, pattern = inputs["q"], options.pattern
     if q.dtype == torch.float32 or options.deterministic or _masked(inputs):
         return False
-    window = isinstance(pattern, SlidingWindow) and not pattern.global_tokens
+    # with more queries than keys its window loses keys (seen with torch 2.11: rows with an lse of ∞ that see some)
+    window = isinstance(pattern, SlidingWindow) and not pattern.global_tokens and q.shape[1] <= inputs["k"].shape[1]
     if not (window or isinstance(pattern, (Full, Causal))):
         return False
     capability = torch.cuda.get_device_capability(q.device)
@@ -157,7 +158,9 @@ class _Call:
         T, H, S, K = *q.shape[1:3], *k.shape[1:3]
         bias = empty = window = None
         mask = NO_MASK
-        if not _masked(inputs) and is_band(options.pattern) and T <= S:
+        # with fewer queries than keys the gradients of its window are wrong (seen with torch 2.11)
+        band = T == S if isinstance(options.pattern, SlidingWindow) else T <= S
+        if not _masked(inputs) and is_band(options.pattern) and band:
             mask = CAUSAL_FROM_BOTTOM_RIGHT
             window = min(options.pattern.window, S) if isinstance(options.pattern, SlidingWindow) else None
         elif _masked(inputs) or not isinstance(options.pattern, Full):

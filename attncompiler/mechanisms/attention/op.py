@@ -78,7 +78,8 @@ def _features(inputs: Tensors, options: AttentionOptions) -> Mapping[str, Value]
     dense = any(masks.values()) or pattern.kind not in ("full", "causal")
     dense = dense or (pattern.kind == "causal" and T != 1 and not (T == S and positive))
     mask_bytes = (B if any(masks.values()) else 1) * T * S * q.element_size() if dense else 0
-    band = is_band(pattern) and T <= S and positive and not any(masks.values())
+    band = is_band(pattern) and positive and not any(masks.values())
+    band = band and (T <= S if pattern.kind == "causal" else T == S)
     drawn_on_device = pattern.kind == "random" and (masks["positions"] or (any(masks.values()) and not pattern.causal))
     unequal = "fewer queries than keys" if T < S else "more queries than keys" if T > S else None
     return {

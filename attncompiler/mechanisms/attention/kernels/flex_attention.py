@@ -245,8 +245,7 @@ def _call(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     given = frozenset((name, tensor.dim()) for name, tensor in data.items())
     kind = Kind(options.pattern, options.softmax_scale(q.shape[-1]), options.softcap, given)
     run = _compiled(kind, (*q.shape[2:], *v.shape[2:]), q.dtype, torch.is_grad_enabled())
-    with torch._C.DisableTorchFunction():  # a mode of the caller's would be compiled with it
-        out, lse = run(q, k, v, data, Tiles.of(inputs, options).tensors)
+    out, lse = run(q, k, v, data, Tiles.of(inputs, options).tensors)
     if "sinks" in inputs:
         out, lse = sinks.join(out, lse, inputs["sinks"])
     return {"out": out, "lse": lse}
