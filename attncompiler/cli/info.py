@@ -8,8 +8,8 @@ from attncompiler.cli import output
 from attncompiler.cli.options import AsFormat, Format
 
 CORE = ("torch", "pydantic", "yaml", "safetensors", "typer", "rich", "hypothesis", "numpy")
-EXTRAS = {"gpu": "triton", "hf": "transformers", "plot": "matplotlib"}
-"""optional extra → the import name of what it installs"""
+EXTRAS = {"gpu": "triton", "fa4": "flash-attn-4", "hf": "transformers", "plot": "matplotlib"}
+"""optional extra → the name of what it installs"""
 
 
 def info(format: AsFormat = Format.text) -> None:

@@ -100,9 +100,17 @@ class Needs:
     vendor: str | None = None
     min_compute_capability: tuple[int, int] | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
-    """import name → the command that installs it"""
+    """import name, or a distribution's own name → the command that installs it"""
+    known: Mapping[str, str] = field(default_factory=dict)
+    """feature that is not offered, or not at every value → what is known of it, said with the refusal"""
+    on: Mapping[str, Needs] = field(default_factory=dict)
+    """device type → all that is needed there, of a kernel that is another one on that device"""
     interpreted: tuple[str, ...] = ()
     """dtypes that Triton's interpreter, which runs a GPU's kernel on a CPU for whoever tests it, computes right"""
+
+    def at(self, device_type: str) -> Needs:
+        """What is needed on a device of that type."""
+        return self.on.get(device_type, self)
 
     def device_refusal(self, name: str, target: Target, environment: Environment | None) -> str | None:
         """Why the kernel of that name does not run on such a device; None where it does."""
@@ -111,9 +119,10 @@ class Needs:
             if self.interpreted and interpreting and target.device_type == "cpu":
                 return None
             return f"{name} runs on {' and '.join(self.device_types)} only"
-        if self.vendor is not None and target.vendor not in (self.vendor, "any"):
-            return f"{name} needs {self.vendor} hardware, {target.name} is {target.vendor}"
-        wanted = self.min_compute_capability
+        needs = self.at(target.device_type)
+        if needs.vendor is not None and target.vendor not in (needs.vendor, "any"):
+            return f"{name} needs {needs.vendor} hardware, {target.name} is {target.vendor}"
+        wanted = needs.min_compute_capability
         if wanted is not None and (target.compute_capability or (0, 0)) < wanted:
             return f"{name} needs compute capability {'.'.join(map(str, wanted))} or later"
         return None
@@ -122,11 +131,12 @@ class Needs:
         """What is said of a feature's value that is not offered; None where it is, or where it asks for nothing."""
         if not value or value == "none":
             return None
+        because = f": {self.known[feature]}" if feature in self.known else ""
         if feature not in self.features:
-            return feature if value is True else f"{feature} = {value}"
+            return (feature if value is True else f"{feature} = {value}") + because
         accepts = self.features[feature]
         limit = accepts.refuses(value) if accepts is not None else None
-        return None if limit is None else f"{feature} = {value} ({limit})"
+        return None if limit is None else f"{feature} = {value} ({limit}){because}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +163,11 @@ def refusals(
     With `environment=None` (a listed target that is not this machine) only target and option refusals count, so
     that the plan for a listed target does not depend on where it was made.
     """
-    needs, found = kernel.needs, []
-    refused = needs.device_refusal(kernel.name, target, environment)
+    needs, found = kernel.needs.at(target.device_type), []
+    refused = kernel.needs.device_refusal(kernel.name, target, environment)
     if refused is not None:
         found.append(Refusal("target", refused))
-    interpreted = refused is None and target.device_type not in needs.device_types
+    interpreted = refused is None and target.device_type not in kernel.needs.device_types
     if request.dtype is not None and request.dtype not in (needs.interpreted if interpreted else needs.dtypes):
         found.append(Refusal("option", f"{kernel.name} does not take {request.dtype}"))
     for name, value in request.features.items():

@@ -22,9 +22,10 @@ GHZ = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What is installed where models are emitted: `packages` maps import names to the versions of their packages."""
+    """What is installed where models are emitted."""
 
     packages: Mapping[str, str]
+    """import names, and the names of what was installed (as "flash-attn-4"), to versions"""
     python: str
     system: str
     """operating system and machine, such as "Linux x86_64\""""
@@ -39,6 +40,8 @@ def detect_environment() -> Environment:
     for name, distributions in sorted(metadata.packages_distributions().items()):
         if name.isidentifier():
             found[name] = metadata.version(distributions[0])
+            # several distributions may share one import name, as flash-attn and flash-attn-4 do
+            found |= {re.sub(r"[-_.]+", "-", each).lower(): metadata.version(each) for each in distributions}
     return Environment(
         MappingProxyType(found),
         platform.python_version(),

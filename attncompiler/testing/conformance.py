@@ -61,8 +61,9 @@ def refusals_of(kernel: Kernel, case: Case) -> tuple[Refusal, ...]:
 
 def dtypes_of(kernel: Kernel, device: str) -> tuple[str, ...]:
     """What the kernel takes on the device; by Triton's interpreter where that stands for one; nothing elsewhere."""
-    if device.partition(":")[0] in kernel.needs.device_types:
-        return kernel.needs.dtypes
+    device_type = device.partition(":")[0]
+    if device_type in kernel.needs.device_types:
+        return kernel.needs.at(device_type).dtypes
     return kernel.needs.interpreted if detect_environment().interpreting else ()
 
 

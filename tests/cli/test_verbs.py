@@ -218,7 +218,7 @@ def test_info_knows_this_machine() -> None:
     data = json.loads(good("info", "--format", "json"))
     assert data["packages"]["torch"] == importlib.metadata.version("torch")
     assert data["target"]["memory_bytes"] > 0
-    assert set(data["extras"]) == {"gpu", "hf", "plot"}
+    assert set(data["extras"]) == {"gpu", "fa4", "hf", "plot"}
     assert data["packages"]["torch"] in good("info")
 
 

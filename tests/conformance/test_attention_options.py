@@ -15,8 +15,10 @@ from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, as_
 from attncompiler.mechanisms.case import Case, values
 from attncompiler.testing.conformance import conforms, kernel_call, prepared, refusals_of
 
+PLAIN = ("chunkwise", "eager")
+"""the kernels in plain torch, which serve everything"""
 FACTORS: dict[str, list[Any]] = {
-    "kernel": [kernel.name for kernel in MECHANISM.kernels],
+    "kernel": [kernel.name for kernel in MECHANISM.kernels if "cpu" in kernel.needs.device_types],
     "dtype": [torch.float32, torch.bfloat16, torch.float64],
     "pattern": [
         {"kind": "causal"},
@@ -43,6 +45,14 @@ FACTORS: dict[str, list[Any]] = {
     "values": ["normal", "outliers"],
 }
 ROWS = covering.array(FACTORS)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "row" in metafunc.fixturenames:
+        device_type = metafunc.config.getoption("--device").partition(":")[0]
+        kernels = [kernel.name for kernel in MECHANISM.kernels if device_type in kernel.needs.device_types]
+        same = kernels == FACTORS["kernel"]
+        metafunc.parametrize("row", ROWS if same else covering.array({**FACTORS, "kernel": kernels}), ids=str)
 
 
 def test_the_rows_cover_every_pair() -> None:
@@ -87,24 +97,26 @@ def case_of(row: dict[str, Any]) -> Case:
     return Case(OPERATOR, tensors, options, causal=options.pattern.causal)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_every_pair_of_options_runs_or_refuses_in_words(row: dict[str, Any]) -> None:
+def test_every_pair_of_options_runs_or_refuses_in_words(row: dict[str, Any], device: str) -> None:
     kernel = MECHANISM.kernel(row["kernel"])
     assert kernel is not None
-    case = prepared(case_of(row), row["dtype"])
+    case = prepared(case_of(row), row["dtype"], device)
     refused = refusals_of(kernel, case)
     if not refused:
         verdicts = conforms(MECHANISM, kernel_call(kernel.name), case, row["dtype"])
         assert all(verdict.ok for verdict in verdicts), "\n".join(map(str, verdicts))
         return
-    assert kernel.name == "sdpa", "built-in kernels in plain torch serve everything"
+    assert kernel.name not in PLAIN
     with pytest.raises(KernelError) as error:
         kernel_call(kernel.name)(case)
     message = str(error.value)
-    assert message.startswith("E501 no kernel could run attention (forward) on cpu: sdpa: sdpa does not offer ")
+    assert message.startswith(
+        f"E501 no kernel could run attention (forward) on {device}: {kernel.name}: {kernel.name} "
+    )
     said = {"softcap": "softcap = 3.0", "alibi": "alibi", "dropout": "dropout = 0.3"}
     for option, words in said.items():
-        assert (words in message) == bool(row[option])
+        offered = kernel.needs.at(device).refuse(option, row[option]) is None
+        assert (f"does not offer {words}" in message) == (bool(row[option]) and not offered)
 
 
 def test_sdpa_refuses_no_more_than_it_must() -> None:

@@ -28,6 +28,17 @@ from attncompiler.testing.poison import poisoned
 ForCases = Callable[..., None]
 
 
+def working_dtype(kernel: Kernel, device: str) -> torch.dtype:
+    """fp32, or what comes nearest to it of what the kernel takes."""
+    offered = kernel.needs.at(device).dtypes
+    return torch.float32 if "float32" in offered else getattr(torch, offered[0])
+
+
+def share_of(kernel: Kernel, device: str) -> float:
+    """More draws for a kernel that refuses many of them: refused ones cost little."""
+    return 1.0 if "deterministic" in kernel.needs.at(device).features else 40.0
+
+
 def check_or_refuse(mechanism: Mechanism, kernel: Kernel, case: Case, dtype: torch.dtype) -> bool:
     """Hold a prepared case to the budget, or to a refusal that says every reason. Whether the kernel served it."""
     reasons = refusals_of(kernel, case)
@@ -49,7 +60,7 @@ def test_plain_calls_are_within_the_budget(
     def check(case: Case) -> None:
         served.append(check_or_refuse(mechanism, kernel, prepared(case, dtype, device), dtype))
 
-    for_cases(check, cases.draw(), share=2)
+    for_cases(check, cases.draw(), share=2 * share_of(kernel, device))
     assert any(served), f"{kernel.name} refused every plain call"
 
 
@@ -61,7 +72,7 @@ def test_every_option_is_within_the_budget_or_refused_in_words(
     def check(case: Case) -> None:
         served.append(check_or_refuse(mechanism, kernel, prepared(case, dtype, device), dtype))
 
-    for_cases(check, cases.extras(), share=3)
+    for_cases(check, cases.extras(), share=3 * share_of(kernel, device))
     assert any(served), f"{kernel.name} refused every call"
 
 
@@ -78,11 +89,13 @@ def test_some_kernel_serves_every_case(mechanism: Mechanism, device: str, cases:
 def test_deterministic_calls_are_bitwise_repeatable(
     kernel: Kernel, device: str, cases: Cases, for_cases: ForCases
 ) -> None:
+    if kernel.needs.at(device).refuse("deterministic", True):
+        return
     served = []
 
     def check(case: Case) -> None:
         options = case.options.model_copy(update={"deterministic": True})
-        case = prepared(Case(case.operator, case.tensors, options, case.causal), torch.float32, device)
+        case = prepared(Case(case.operator, case.tensors, options, case.causal), working_dtype(kernel, device), device)
         if refusals_of(kernel, case):
             return
         served.append(case)
@@ -100,10 +113,11 @@ def test_a_backward_serves_what_any_kernel_ran_forward(
 ) -> None:
     """What a backward is given is inputs and outputs alone, so the chain may change kernel between the two."""
     served = []
+    dtype = working_dtype(kernel, device)
 
     def check(case: Case) -> None:
-        case = prepared(case, torch.float32, device)
-        trial = Trial(mechanism, case, torch.float32)
+        case = prepared(case, dtype, device)
+        trial = Trial(mechanism, case, dtype)
         for forward in other_kernels:
             if refusals_of(kernel, case) or refusals_of(forward, case):
                 continue
@@ -120,7 +134,7 @@ def test_a_backward_serves_what_any_kernel_ran_forward(
             verdicts = trial.verdicts(mixed)
             assert all(verdict.ok for verdict in verdicts), "\n".join([forward.name, *map(str, verdicts)])
 
-    for_cases(check, st.one_of(cases.draw(), cases.extras()))
+    for_cases(check, st.one_of(cases.draw(), cases.extras()), share=share_of(kernel, device))
     assert served or not other_kernels, f"no call was served by {kernel.name} and another kernel"
 
 
@@ -156,7 +170,7 @@ def test_a_kernel_is_pure(kernel: Kernel, device: str, cases: Cases, for_cases: 
             name: (case.tensors[name].shape, case.tensors[name].dtype) for name in differentiable
         }
 
-    for_cases(check, cases.extras())
+    for_cases(check, cases.extras(), share=share_of(kernel, device))
     assert served, f"{kernel.name} refused every call"
 
 

@@ -81,8 +81,11 @@ def test_layers_add_up_to_the_model() -> None:
 def test_refusals_are_given_with_their_source() -> None:
     (layer,) = explained("llama_tiny", "h200")["layers"]
     by_kernel = {refused["kernel"]: refused["reasons"] for refused in layer["refusals"]}
-    assert by_kernel["sdpa"] == [{"source": "target", "reason": "sdpa runs on cpu only"}]
-    assert by_kernel["cudnn"] == [{"source": "option", "reason": "cudnn is not built in this version of attncompiler"}]
+    assert by_kernel["cudnn"] == [{"source": "option", "reason": "cudnn does not take float32"}]
+    assert by_kernel["host"] == [{"source": "option", "reason": "host is not built in this version of attncompiler"}]
+    listed = "{kind: attention, num_attention_heads: 4, kernel: [cudnn, sdpa]}"
+    (layer,) = pipeline.explain(small(listed), target="cpu")["cpu"]["layers"]
+    assert {"source": "target", "reason": "cudnn runs on cuda only"} in layer["refusals"][0]["reasons"]
 
 
 def test_13_billion_parameters_do_not_train_on_one_a6000() -> None:
@@ -178,7 +181,7 @@ def test_a_kernel_that_refuses_at_that_length_alone_is_refused_and_not_costed() 
     assert long["layers"][0]["chain"] == ["eager"]
     [refused] = long["layers"][0]["refusals"]
     assert refused["kernel"] == "sdpa"
-    assert refused["reasons"][0]["reason"].startswith(f"sdpa does not offer mask_bytes = {8192 * 8192 * 4} ")
+    assert refused["reasons"][0]["reason"].startswith(f"sdpa does not offer band_mask_bytes = {8192 * 8192 * 4} ")
     alone = pipeline.explain(small(window.format("eager")), target="cpu", seq_len=8192)["cpu"]
     assert long["fit"] == alone["fit"]
     with pytest.raises(PlanError, match=r"E202.*mask_bytes"):

@@ -81,7 +81,7 @@ def test_a_window_is_served_in_bands_on_a_cpu() -> None:
     assert plan(small(window), "cpu").layers[0].chain[0] == "chunkwise"
 
 
-@given(st.lists(st.sampled_from(["sdpa", "chunkwise", "eager", "triton", "host", "cudnn"]), min_size=1, unique=True))
+@given(st.lists(st.sampled_from(["sdpa", "chunkwise", "eager", "triton", "host", "ring"]), min_size=1, unique=True))
 def test_a_list_is_exhaustive_and_keeps_its_order(names: list[str]) -> None:
     spec = small(ATTENTION.format(f", kernel: [{', '.join(names)}]"))
     built = [name for name in names if discover()["attention"].kernel(name)]
@@ -101,10 +101,10 @@ def test_a_single_name_is_a_demand() -> None:
     demanded = plan(small(ATTENTION.format(", kernel: eager")), "cpu").layers[0]
     assert (demanded.choice.demanded, demanded.chain) == ("eager", ("eager",))
     with pytest.raises(PlanError) as error:
-        plan(small(ATTENTION.format(", kernel: sdpa")), "h200")
+        plan(small(ATTENTION.format(", kernel: cudnn")), "cpu")
     assert codes(error) == ["E202"]
     assert (
-        "policy 'p0' (attention, layers.0) on h200: the kernel it demands refuses: sdpa: sdpa runs on cpu only"
+        "policy 'p0' (attention, layers.0) on cpu: the kernel it demands refuses: cudnn: cudnn runs on cuda only"
         in str(error.value)
     )
 
@@ -122,8 +122,12 @@ UNBUILT = [
 def older(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention as a version had it whose kernels offered three patterns and no option of a score."""
     attention = discover()["attention"]
-    offered = {"pattern": OneOf("causal", "full", "sliding_window"), "deterministic": ANY, "mask_bytes": ANY}
-    kernels = tuple(replace(kernel, needs=replace(kernel.needs, features=offered)) for kernel in attention.kernels)
+    offered = {
+        "pattern": OneOf("causal", "full", "sliding_window"),
+        **dict.fromkeys(("deterministic", "head_dim", "mask_bytes", "band_mask_bytes"), ANY),
+    }
+    plain = [kernel for kernel in attention.kernels if "cpu" in kernel.needs.device_types]
+    kernels = tuple(replace(kernel, needs=replace(kernel.needs, features=offered, on={})) for kernel in plain)
     monkeypatch.setitem(discover(), "attention", replace(attention, kernels=kernels))  # type: ignore[arg-type]
 
 
@@ -150,21 +154,21 @@ def test_an_unbuilt_pattern_names_those_that_are_built() -> None:
 
 def test_a_refused_policy_is_placed_where_its_kernels_are_named() -> None:
     """At its kernel, else at the order for its mechanism, else at itself."""
-    for kernel, code in ((", kernel: sdpa", "E202"), (", kernel: [sdpa]", "E201")):
+    for kernel, code in ((", kernel: cudnn", "E202"), (", kernel: [cudnn]", "E201")):
         spec = small(ATTENTION.format(kernel))
         with pytest.raises(PlanError) as error:
-            plan(spec, "h200")
+            plan(spec, "cpu")
         assert codes(error) == [code]
         assert error.value.diagnostics[0].location == spec.place("policies", "p0", "kernel")
-    order = "{order: {attention: [sdpa]}}"
+    order = "{order: {attention: [cudnn]}}"
     ordered = small(CAUSAL, fallback=order)
     with pytest.raises(PlanError) as error:
-        plan(ordered, "h200")
+        plan(ordered, "cpu")
     there = error.value.diagnostics[0].location
     assert there == ordered.place("fallback", "order", "attention") != ordered.place("fallback")
-    both = small(ATTENTION.format(", kernel: [sdpa]"), fallback=order)
+    both = small(ATTENTION.format(", kernel: [cudnn]"), fallback=order)
     with pytest.raises(PlanError) as error:
-        plan(both, "h200")
+        plan(both, "cpu")
     assert error.value.diagnostics[0].location == both.place("policies", "p0", "kernel") != both.place("policies", "p0")
 
 
@@ -239,7 +243,7 @@ def test_what_is_not_installed_counts_only_here(monkeypatch: pytest.MonkeyPatch)
     from attncompiler.planning import planner
 
     attention = discover()["attention"]
-    first, *rest = attention.kernels
+    first, *rest = [kernel for kernel in attention.kernels if "cpu" in kernel.needs.device_types]
     needy = replace(first, needs=replace(first.needs, packages={"flash_attn": "pip install flash-attn-4"}))
     changed = {"attention": replace(attention, kernels=(needy, *rest))}
     monkeypatch.setattr(planner, "discover", lambda: changed)
@@ -259,7 +263,7 @@ def test_deterministic_and_dtype_are_asked_of_every_kernel(monkeypatch: pytest.M
     from attncompiler.planning import planner
 
     attention = discover()["attention"]
-    first, second, *rest = attention.kernels
+    first, second, *rest = [kernel for kernel in attention.kernels if "cpu" in kernel.needs.device_types]
     loose = replace(
         first,
         needs=replace(first.needs, features={k: v for k, v in first.needs.features.items() if k != "deterministic"}),
@@ -291,12 +295,11 @@ def test_a_damaged_plan_is_a_named_error() -> None:
 
 @pytest.mark.usefixtures("older")
 def test_the_refusals_of_every_listed_target_are_said_at_once() -> None:
-    spec = parse(dump(small(ATTENTION.format(", kernel: sdpa"))), overrides=["targets=[h200, cpu, mi300x]"])
+    spec = parse(dump(small(ATTENTION.format(", kernel: cudnn"))), overrides=["targets=[cpu, h200, mi300x]"])
     with pytest.raises(PlanError) as error:
         pipeline.plan(spec)
-    assert codes(error) == ["E202", "E202"]
-    assert "on h200: " in str(error.value)
-    assert "on mi300x: " in str(error.value)
+    assert codes(error) == ["E202"] * 3
+    assert all(f"on {target}: " in str(error.value) for target in ("cpu", "h200", "mi300x"))
     unbuilt = parse(dump(spec), overrides=["policies.p0={kind: attention, num_attention_heads: 4, sinks: true}"])
     with pytest.raises(PlanError) as error:
         pipeline.plan(unbuilt)

@@ -136,7 +136,10 @@ def test_what_a_call_asks_and_a_kernel_cannot_do_is_refused_and_recorded() -> No
 def test_an_argument_no_kernel_offers_is_an_error_and_is_never_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     mechanism, expected = base.discover()["attention"], attention(*qkv(), kernel="eager")
     plain = base.Kernel(
-        "plain", mechanism.kernels[-1].entry, base.Needs(features={"pattern": base.ANY}), "no option at all"
+        "plain",
+        mechanism.kernels[-1].entry,
+        base.Needs(features={"pattern": base.ANY, "head_dim": base.ANY}),
+        "no option at all",
     )
     offering = replace(mechanism, kernels=(plain,), names=("plain",))
     monkeypatch.setitem(base.discover(), "attention", offering)  # type: ignore[arg-type]

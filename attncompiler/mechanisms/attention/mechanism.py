@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from attncompiler.mechanisms.attention.pairs import visible_pairs
-from attncompiler.mechanisms.attention.pattern import Causal, Pattern
+from attncompiler.mechanisms.attention.pattern import Causal, Pattern, is_band
 from attncompiler.mechanisms.base import (
     ANY,
     AtMost,
@@ -62,6 +62,7 @@ def features(policy: AttentionPolicy, model: Any) -> Mapping[str, Value]:
     value_width = policy.value_width(model.hidden_size)
     return {
         "pattern": policy.pattern.kind,
+        "head_dim": policy.key_width(model.hidden_size),
         "softcap": policy.attn_logit_softcapping,
         "alibi": policy.alibi,
         "sinks": policy.sinks,
@@ -72,8 +73,9 @@ def features(policy: AttentionPolicy, model: Any) -> Mapping[str, Value]:
 
 def sized(policy: AttentionPolicy, size: MixerSize) -> Mapping[str, Value]:
     """The dense mask that a kernel without a form of its own for the pattern would need."""
-    plain = policy.pattern.kind in ("full", "causal")
-    return {"mask_bytes": 0 if plain else size.seq_len**2 * size.itemsize}
+    plain, band = policy.pattern.kind in ("full", "causal"), is_band(policy.pattern)
+    mask_bytes = 0 if plain else size.seq_len**2 * size.itemsize
+    return {"mask_bytes": 0 if band else mask_bytes, "band_mask_bytes": mask_bytes if band else 0}
 
 
 def sees(policy: AttentionPolicy, tokens: int) -> tuple[str, float]:
@@ -114,25 +116,107 @@ def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
     return CPU if features.get("pattern") in ("full", "causal") else ("chunkwise", "sdpa", "eager")
 
 
-MASKS = {"segments": ANY, "padding": ANY, "positions": ANY}
+MASKS = dict.fromkeys(("segments", "padding", "positions"))
+"""which keys there are, beside the pattern"""
+SHAPES = dict.fromkeys(("head_dim", "lengths", "single_token"))
+"""facts of a call: D; that T ≠ S, where the pattern reads positions; that T or S is 1"""
 EVERYTHING: Mapping[str, OneOf | AtMost | None] = dict.fromkeys(
-    ("pattern", "deterministic", "value_width", "mask_bytes", "softcap", "alibi", "sinks", "dropout", *MASKS)
+    (
+        *("pattern", "deterministic", "value_width", "softcap", "alibi", "sinks", "dropout"),
+        *("mask_bytes", "band_mask_bytes", "non_positive_scale", "drawn_on_device"),
+        *MASKS,
+        *SHAPES,
+    )
 )
+"""Of a dense mask's bytes, `band_mask_bytes` are those of one that says no more than a band (`is_band`) does.
+`drawn_on_device`: what is drawn for a query follows from positions or lengths that only the device knows.
+"""
+
+MASK_LIMIT = AtMost(2**26, "bytes")
+HALF = ("bfloat16", "float16")
 
 KERNELS = (
+    Kernel(
+        name="flash_attention_4",
+        entry="attncompiler.mechanisms.attention.kernels.flash_attention_4:KERNEL",
+        needs=Needs(
+            features={
+                "pattern": OneOf("full", "causal", "sliding_window"),
+                "head_dim": AtMost(128),
+                "value_width": AtMost(128),
+                "lengths": OneOf("fewer queries than keys"),
+                "band_mask_bytes": ANY,
+                "sinks": ANY,
+            },
+            device_types=("cuda",),
+            dtypes=HALF,
+            vendor="nvidia",
+            min_compute_capability=(9, 0),
+            packages={"flash-attn-4": "pip install 'attncompiler[fa4]'"},
+            known={
+                "pattern": "of block lists its backward was wrong at D = 64 (flash-attention #2623)",
+                "head_dim": "its backward was wrong at D = 256 (TransformerEngine #3216)",
+                "mask_bytes": "its backward does not read masks that its forward does (flash-attention #2424)",
+                "softcap": "its backward hangs (flash-attention #2466)",
+                "segments": "they need a host read of their lengths",
+                "lengths": "rows that see nothing are not promised",
+            },
+        ),
+        summary="FlashAttention-4: full, causal, and windows without global tokens",
+    ),
+    Kernel(
+        name="cudnn",
+        entry="attncompiler.mechanisms.attention.kernels.cudnn:KERNEL",
+        needs=Needs(
+            features={
+                "pattern": OneOf("full", "causal"),
+                "head_dim": AtMost(128),
+                "value_width": AtMost(128),
+                "sinks": ANY,
+            },
+            device_types=("cuda",),
+            dtypes=HALF,
+            vendor="nvidia",
+            min_compute_capability=(8, 0),
+            known={
+                **dict.fromkeys(MASKS, "its backward gives NaN with a mask where S % 128 = 64 (pytorch #196678)"),
+                "single_token": "it builds no backward for one (pytorch #138529)",
+                "lengths": "it is causal from the top left",
+                "deterministic": "nothing says that its backward is repeatable",
+            },
+        ),
+        summary="cuDNN's fused attention, through torch: causal of equal lengths, and full",
+    ),
     Kernel(
         name="triton",
         entry="attncompiler.mechanisms.attention.kernels.triton.kernel:KERNEL",
         needs=Needs(
-            features=EVERYTHING,
+            features={**EVERYTHING, "head_dim": AtMost(256), "value_width": AtMost(256)},
             device_types=("cuda",),
-            dtypes=("float32", "bfloat16", "float16"),
+            dtypes=("float32", *HALF),
             vendor="nvidia",
             min_compute_capability=(8, 0),
             packages={"triton": "pip install 'attncompiler[gpu]'"},
             interpreted=("float32", "float16"),
         ),
         summary="built-in flash attention: every pattern and option, forward and backward",
+    ),
+    Kernel(
+        name="flex_attention",
+        entry="attncompiler.mechanisms.attention.kernels.flex_attention:KERNEL",
+        needs=Needs(
+            features={
+                **{name: ANY for name in EVERYTHING if name not in ("dropout", "drawn_on_device")},
+                "head_dim": AtMost(256),
+                "value_width": AtMost(256),
+            },
+            device_types=("cuda",),
+            dtypes=("float32", *HALF),
+            vendor="nvidia",
+            min_compute_capability=(8, 0),
+            packages={"triton": "pip install 'attncompiler[gpu]'"},
+        ),
+        summary="torch's FlexAttention: a Triton kernel compiled for each pattern, over the tiles that it keeps",
     ),
     Kernel(
         name="sdpa",
@@ -142,10 +226,28 @@ KERNELS = (
                 "pattern": ANY,
                 "deterministic": ANY,
                 "sinks": ANY,
-                "mask_bytes": AtMost(2**26, "bytes"),
+                "mask_bytes": MASK_LIMIT,
+                "band_mask_bytes": MASK_LIMIT,
+                "non_positive_scale": ANY,
                 **MASKS,
+                **SHAPES,
             },
-            device_types=("cpu",),
+            on={
+                "cuda": Needs(
+                    features={
+                        "pattern": ANY,
+                        "deterministic": ANY,
+                        "sinks": ANY,
+                        "value_width": ANY,
+                        "mask_bytes": MASK_LIMIT,
+                        "band_mask_bytes": ANY,
+                        **MASKS,
+                        **SHAPES,
+                    },
+                    dtypes=("float32", *HALF),
+                    vendor="nvidia",
+                )
+            },
         ),
         summary="torch's fused scaled dot product attention, with a dense mask where the pattern needs one",
     ),

@@ -12,7 +12,7 @@ from torch import Tensor
 from attncompiler.blocks.autocast import autocast
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.attention.cost import operator_flops
-from attncompiler.mechanisms.attention.pattern import Causal, Pattern
+from attncompiler.mechanisms.attention.pattern import Causal, Pattern, is_band
 from attncompiler.mechanisms.attention.visibility import query_mask
 from attncompiler.mechanisms.base import Value
 from attncompiler.runtime.implementation import Tensors
@@ -74,18 +74,28 @@ def _features(inputs: Tensors, options: AttentionOptions) -> Mapping[str, Value]
         "positions": "q_positions" in inputs,
     }
     B, T, S = q.shape[0], q.shape[1], k.shape[1]
-    dense = any(masks.values()) or options.pattern.kind not in ("full", "causal")
-    flagged = T == S and (options.scale is None or options.scale > 0)
-    dense = dense or (options.pattern.kind == "causal" and T != 1 and not flagged)
-    batch = B if any(masks.values()) else 1
+    pattern, positive = options.pattern, options.scale is None or options.scale > 0
+    dense = any(masks.values()) or pattern.kind not in ("full", "causal")
+    dense = dense or (pattern.kind == "causal" and T != 1 and not (T == S and positive))
+    mask_bytes = (B if any(masks.values()) else 1) * T * S * q.element_size() if dense else 0
+    band = is_band(pattern) and positive and not any(masks.values())
+    band = band and (T <= S if pattern.kind == "causal" else T == S)
+    drawn_on_device = pattern.kind == "random" and (masks["positions"] or (any(masks.values()) and not pattern.causal))
+    unequal = "fewer queries than keys" if T < S else "more queries than keys" if T > S else None
     return {
-        "pattern": options.pattern.kind,
+        "pattern": pattern.kind,
+        "head_dim": q.shape[-1],
         "softcap": options.softcap,
         "dropout": options.dropout,
         "sinks": "sinks" in inputs,
         "alibi": "alibi_slopes" in inputs,
         "value_width": v.shape[-1] if v.shape[-1] != q.shape[-1] else None,
-        "mask_bytes": batch * T * S * q.element_size() if dense else 0,
+        "lengths": None if pattern.kind == "full" else unequal,
+        "single_token": T == 1 or S == 1,
+        "non_positive_scale": not positive,
+        "mask_bytes": 0 if band else mask_bytes,
+        "band_mask_bytes": mask_bytes if band else 0,
+        "drawn_on_device": drawn_on_device,
         **masks,
     }
 

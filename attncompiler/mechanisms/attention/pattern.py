@@ -92,6 +92,13 @@ Pattern = Annotated[
 ]
 
 
+def is_band(pattern: Pattern) -> bool:
+    """Whether each query sees one run of keys that ends with itself, as long for every query or as there are keys."""
+    return isinstance(pattern, Causal) or (
+        isinstance(pattern, SlidingWindow) and pattern.causal and not pattern.global_tokens
+    )
+
+
 # --- what decoding keeps --------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
-"""torch's own flash attention for CPUs, below F.scaled_dot_product_attention, which hides the lse.
+"""torch's own fused attention, below F.scaled_dot_product_attention, which hides the lse.
 
-It reads (B, T, H, D) through transposed views and serves grouped heads without repetition. Its causal flag is aligned
-to the top left, so it stands for ours only where T = S. Any other visibility is an additive mask of T × S.
+On a GPU that is FlashAttention-2 or the memory-efficient kernel (`fused`). The flash attention for CPUs reads
+(B, T, H, D) through transposed views and serves grouped heads without repetition. Its causal flag is aligned to the top
+left, so it stands for ours only where T = S. Any other visibility is an additive mask of T × S.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attncompiler.mechanisms.attention import sinks
+from attncompiler.mechanisms.attention import fused, sinks
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.visibility import visible
 from attncompiler.runtime.implementation import Implementation, Tensors
@@ -50,7 +51,14 @@ def _heads_first(tensor: Tensor) -> Tensor:
 
 
 def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
-    """q (B, T, H, D), k, v (B, S, K, D) → out (B, T, H, D), lse (B, H, T)."""
+    """q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) → out (B, T, H, V), lse (B, H, T); on a CPU V = D."""
+    out, lse = (fused.forward if inputs["q"].is_cuda else _on_cpu)(inputs, options)
+    if "sinks" in inputs:
+        out, lse = sinks.join(out, lse, inputs["sinks"])
+    return {"out": out, "lse": lse}
+
+
+def _on_cpu(inputs: Tensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     mask = _mask(inputs, options)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -64,18 +72,22 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     )
     if mask is not None:
         lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)  # torch leaves 0 there
-    out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
-    if "sinks" not in inputs:
-        return {"out": out, "lse": lse}
-    out, lse = sinks.join(out, lse, inputs["sinks"])
-    return {"out": out, "lse": lse}
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     """The gradients of q, k, v and sinks, from the probabilities that the lse gives back."""
+    run = fused.backward if inputs["q"].is_cuda else _backward_on_cpu
+    found = dict(zip("qkv", run(grads["out"], inputs, outputs, options), strict=True))
+    if "sinks" in inputs:
+        found["sinks"] = sinks.gradient(inputs["sinks"], outputs["out"], outputs["lse"], grads["out"])
+    return found
+
+
+def _backward_on_cpu(dout: Tensor, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> tuple[Tensor, ...]:
     q, lse = inputs["q"], outputs["lse"]
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _heads_first(grads["out"]),
+        _heads_first(dout),
         _heads_first(q),
         _heads_first(inputs["k"]),
         _heads_first(inputs["v"]),
@@ -86,10 +98,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         attn_mask=_mask(inputs, options),
         scale=options.softmax_scale(q.shape[-1]),
     )
-    grads_by_name = {name: grad.transpose(1, 2).contiguous() for name, grad in zip("qkv", found, strict=True)}
-    if "sinks" in inputs:
-        grads_by_name["sinks"] = sinks.gradient(inputs["sinks"], outputs["out"], lse, grads["out"])
-    return grads_by_name
+    return tuple(grad.transpose(1, 2).contiguous() for grad in found)
 
 
 KERNEL = Implementation(forward, backward)

@@ -1,0 +1,73 @@
+"""FlashAttention-4 (https://arxiv.org/abs/2603.05451), of the package flash-attn-4: CuTe kernels, compiled when met.
+
+Its forward and backward are called apart, below flash_attn_func, which keeps what it saves to itself. Its causal mask
+and window are aligned to the bottom right, as ours are, and it serves grouped heads without repetition. Heads are
+widened by zeros to one width, a multiple of 8, for queries, keys and values alike. A sink joins at the end
+(`attention/sinks.py`): out and lse with it are all that the backward must know of it.
+
+What it offers and is not asked for here, with the finding, stands beside its needs in `mechanism.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attncompiler.mechanisms.attention import sinks
+from attncompiler.mechanisms.attention.op import AttentionOptions
+from attncompiler.mechanisms.attention.pattern import SlidingWindow
+from attncompiler.mechanisms.attention.widths import rounded, widened
+from attncompiler.runtime.implementation import Implementation, Tensors
+
+
+def visibility(options: AttentionOptions, S: int) -> dict[str, Any]:
+    """What is visible of S keys, in its words: `causal`, or how far left and right of its own key a query sees."""
+    pattern = options.pattern
+    if isinstance(pattern, SlidingWindow) and pattern.window < S:
+        return {"causal": False, "window_size_left": pattern.window - 1, "window_size_right": 0}
+    return {"causal": pattern.causal, "window_size_left": None, "window_size_right": None}
+
+
+def _wide(inputs: Tensors, *tensors: Tensor) -> list[Tensor]:
+    width = rounded(max(inputs["q"].shape[-1], inputs["v"].shape[-1]))
+    return [widened(tensor.detach(), width).contiguous() for tensor in tensors]
+
+
+def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
+    """q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) → out (B, T, H, V), lse (B, H, T)."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    found, lse, *_ = _flash_attn_fwd(
+        *_wide(inputs, q, k, v),
+        softmax_scale=options.softmax_scale(q.shape[-1]),
+        **visibility(options, k.shape[1]),
+        return_lse=True,
+    )
+    out = found[..., : v.shape[-1]].contiguous()
+    if "sinks" in inputs:
+        out, lse = sinks.join(out, lse, inputs["sinks"])
+    return {"out": out, "lse": lse.contiguous()}
+
+
+def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
+    """The gradients of q, k, v and sinks, from the probabilities that the lse gives back."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    q, k, v, lse = inputs["q"], inputs["k"], inputs["v"], outputs["lse"]
+    found = _flash_attn_bwd(
+        *_wide(inputs, q, k, v, outputs["out"], grads["out"]),
+        lse,
+        softmax_scale=options.softmax_scale(q.shape[-1]),
+        **visibility(options, k.shape[1]),
+    )
+    named = {
+        name: grad[..., : inputs[name].shape[-1]].contiguous() for name, grad in zip("qkv", found[:3], strict=True)
+    }
+    if "sinks" in inputs:
+        named["sinks"] = sinks.gradient(inputs["sinks"], outputs["out"], lse, grads["out"])
+    return named
+
+
+KERNEL = Implementation(forward, backward)

@@ -1,0 +1,55 @@
+"""Every attention kernel at lengths of several tiles, where the tiles it skips matter as much as those it meets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, as_pattern
+from attncompiler.mechanisms.base import Kernel, Mechanism
+from attncompiler.mechanisms.case import Case
+from attncompiler.testing.conformance import conforms, kernel_call, prepared, refusals_of
+
+PATTERNS: list[dict[str, Any]] = [
+    {"kind": "full"},
+    {"kind": "causal"},
+    {"kind": "sliding_window", "window": 100},
+    {"kind": "sliding_window", "window": 70, "causal": False},
+    {"kind": "local_global", "block_size": 32, "local_blocks": 2, "global_blocks": 1},
+]
+LENGTHS = [(320, 320), (150, 420), (300, 170)]
+
+
+def case_of(pattern: dict[str, Any], lengths: tuple[int, int], D: int, sinks: bool, masks: bool) -> Case:
+    (T, S), generator = lengths, torch.Generator().manual_seed(1)
+    tensors: dict[str, Tensor] = {
+        "q": torch.randn(2, T, 4, D, generator=generator, dtype=torch.float64),
+        "k": torch.randn(2, S, 2, D, generator=generator, dtype=torch.float64),
+        "v": torch.randn(2, S, 2, D, generator=generator, dtype=torch.float64),
+    }
+    if sinks:
+        tensors["sinks"] = torch.randn(4, generator=generator, dtype=torch.float64)
+    if masks:
+        ids = torch.arange(max(T, S)).div(90, rounding_mode="floor").expand(2, -1)
+        tensors |= {"segment_ids": ids[:, -T:].contiguous(), "kv_segment_ids": ids[:, -S:].contiguous()}
+        tensors["attention_mask"] = torch.arange(S) >= torch.tensor([[0], [37]])
+    options = AttentionOptions(pattern=as_pattern(pattern))
+    return Case(OPERATOR, tensors, options, causal=options.pattern.causal)
+
+
+@pytest.mark.offers("alibi_slopes")
+@pytest.mark.parametrize("number", range(len(PATTERNS)), ids=lambda number: str(PATTERNS[number]["kind"]))
+def test_long_calls_are_within_the_budget_or_refused(
+    mechanism: Mechanism, kernel: Kernel, dtype: torch.dtype, device: str, number: int
+) -> None:
+    for lengths in LENGTHS:
+        for masks in (False, True):
+            case = prepared(case_of(PATTERNS[number], lengths, 64, number % 2 == 1, masks), dtype, device)
+            if refusals_of(kernel, case):
+                assert kernel.name not in ("chunkwise", "eager")
+                continue
+            verdicts = conforms(mechanism, kernel_call(kernel.name), case, dtype)
+            assert all(verdict.ok for verdict in verdicts), "\n".join([f"{lengths} {masks}", *map(str, verdicts)])
