@@ -60,6 +60,7 @@ CATALOGUE: dict[str, str] = {
     "E602": "a command's arguments do not fit together",
     "E603": "the operating system refused an operation",
     "E604": "the device has no room",
+    "E605": "a measured table is damaged",
 }
 
 
