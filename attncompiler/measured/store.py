@@ -32,8 +32,8 @@ def folder() -> Path:
 def save(entries: Iterable[Entry], target: str, into: Path | None = None) -> Path:
     """Put `entries` into the table of `target` in the folder `into`, default the user's own, and give its path.
 
-    What stands there is kept, but for entries of the same bucket and device; the file is replaced in one step. Raises
-    UsageError: E605 where the table that stands there is damaged, E601 where it cannot be written.
+    What stands there is kept, but for entries of the same bucket and device; the file is replaced in one step. Processes
+    that have read it go on with what they read. Raises UsageError: E605 where the table that stands there is damaged, E601 where it cannot be written.
     """
     into = folder() if into is None else into
     path = into / f"{target}.json"
@@ -44,7 +44,6 @@ def save(entries: Iterable[Entry], target: str, into: Path | None = None) -> Pat
     except OSError as error:
         why = error.strerror or str(error)
         raise fail(UsageError, "E601", f"the table cannot be written: {why}", location=Location(str(path))) from None
-    _entries.cache_clear()
     return path
 
 

@@ -49,9 +49,9 @@ def plan(
     The plan is for `batch` sequences of `seq_len` tokens, default `planned_length(spec)`: what a kernel refuses at that
     size alone is refused in it too. Where kernels were measured at about that size, `kernel: auto` follows that.
 
-    Without `environment` the plan is for a listed target, wherever it is: what is installed here or was measured here
-    does not count, and a layer that no allowed kernel can serve is an error. With it the plan is for the machine at hand:
-    such a layer gets an empty chain, with the reasons on record, and `Plan.require` raises.
+    Without `environment` the plan is for a listed target, wherever it is: what is installed or was measured here does
+    not count, and a layer that no allowed kernel can serve is an error. With it the plan is for the machine at hand: a
+    layer may get an empty chain, with the reasons on record, and `Plan.require` raises.
 
     Raises PlanError with every fault of every policy in use: E201 (no kernel), E202 (the demanded kernel refuses), E203
     (an option that this version does not build); SpecError (E107) for an unknown target; UsageError (E605) where a

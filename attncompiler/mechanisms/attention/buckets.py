@@ -1,9 +1,9 @@
 """Which bucket of measured tables a call of attention is in. Nothing here imports torch.
 
-Kernels compete anew with every kind of pattern and every dtype, and in decoding; within those their order moves, the
-most deciding first, with the width of a head, the size of a pattern's blocks, how many query heads share keys, how
-sparse the pattern is, and the length. Batch and number of heads are left out: they move all kernels alike once the device is
-full. So are segments and padding, which a plan does not know of.
+Kernels compete anew with every kind of pattern and every dtype, and in decoding. Within those their order moves, what
+decides most first, with the width of a head, the size of a pattern's blocks, how many query heads share keys, how
+sparse the pattern is, and the length. Batch and number of heads are left out: they move all kernels alike once the
+device is full. So are segments and padding, which a plan does not know of.
 """
 
 from __future__ import annotations
