@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from attncompiler.errors import Location, UsageError, fail
@@ -32,8 +33,9 @@ def folder() -> Path:
 def save(entries: Iterable[Entry], target: str, into: Path | None = None) -> Path:
     """Put `entries` into the table of `target` in the folder `into`, default the user's own, and give its path.
 
-    What stands there is kept, but for entries of the same bucket and device; the file is replaced in one step. Processes
-    that have read it go on with what they read. Raises UsageError: E605 where the table that stands there is damaged, E601 where it cannot be written.
+    What stands there is kept, but for entries of the same bucket and device; the file is replaced in one step, and a
+    process that has read it goes on with what it read. Raises UsageError: E605 where the table that stands there is
+    damaged, E601 where it cannot be written.
     """
     into = folder() if into is None else into
     path = into / f"{target}.json"
@@ -67,15 +69,20 @@ def _entries(target: str, device: str | None) -> tuple[Entry, ...]:
     return (*own, *(entry for entry in packaged if (entry.mechanism, entry.bucket.key) not in known))
 
 
+def _tables() -> Traversable:
+    """The folder of those that come with the package."""
+    return resources.files("attncompiler.measured").joinpath("tables")
+
+
 def _packaged(target: str) -> tuple[Entry, ...]:
-    file = resources.files("attncompiler.measured").joinpath("tables", f"{target}.json")
+    file = _tables().joinpath(f"{target}.json")
     return read_json(file.read_bytes(), target, str(file)).entries if file.is_file() else ()
 
 
 def _read(path: Path, target: str) -> Table | None:
     try:
         text = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise damaged(str(path), error.strerror or str(error)) from None

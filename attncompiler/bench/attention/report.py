@@ -58,6 +58,8 @@ def ratios(result: Measured) -> dict[str, dict[str, float | None]]:
         }
         for name, theirs in against.items():
             found[name][way] = theirs / ours if ours and theirs else None
+        if against["best_member"] and not ours:
+            found["best_member"][way] = 0.0  # a kernel runs, and what is planned does not
     return found
 
 
