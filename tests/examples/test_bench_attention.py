@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,6 +157,99 @@ def test_the_peers_gradients_are_those_of_the_operator(row: Row) -> None:
     found = [torch.autograd.grad((c.ours(c.forward()) * weight).sum(), c.leaves) for c in (ours, theirs)]
     for mine, other in zip(found[0], found[1], strict=True):
         torch.testing.assert_close(mine, other.transpose(1, 2))
+
+
+@by_name
+def test_flex_attention_computes_the_rows_function(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not compiled, as it runs on a CPU, and without its backward, which it has on a GPU alone."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+    def prepare(inputs: Inputs) -> Call:
+        for leaf in inputs.heads_first:
+            leaf.requires_grad_(False)
+        return peers.flex(inputs)
+
+    result = measure(row, contestants.member("eager"), Contestant("Flex", "peer", prepare))
+    assert isinstance(result.cells["Flex"].forward, Problem if row.layout == "padded" else Samples)
+
+
+def flash(q: Any, k: Any, v: Any, causal: bool, left: int | None, right: int | None, offsets: Any = None) -> Any:
+    """What flash-attention's functions are documented to compute, (B, T, H, D) or packed (T, H, D), by a dense mask.
+
+    The last query is aligned with the last key; `left` and `right` are how many keys beside its own a query sees.
+    """
+    packed = q.dim() == 3
+    q, k, v = (x[None] if packed else x for x in (q, k, v))
+    i = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+    j = torch.arange(k.shape[1])[None]
+    seen = (j <= i) if causal else (j >= 0) & (i >= 0)
+    seen = seen if left is None else seen & (i - j <= left)
+    seen = seen if right is None else seen & (j - i <= right)
+    if offsets is not None:
+        document = torch.bucketize(torch.arange(q.shape[1]), offsets[1:].long(), right=True)
+        seen = seen & (document[:, None] == document[None])
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+    return out[0] if packed else out
+
+
+def flash_attention_2(
+    q: Any,
+    k: Any,
+    v: Any,
+    ends_q: Any,
+    ends_k: Any,
+    most_q: int,
+    most_k: int,
+    dropout: float,
+    causal: bool,
+    debug: bool,
+    *,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+) -> Any:
+    assert (dropout, debug, ends_q is ends_k) == (0.0, False, True)
+    assert most_q == most_k <= q.shape[0 if q.dim() == 3 else 1]
+    return (flash(q, k, v, causal, window_size_left, window_size_right, ends_q),)
+
+
+class FlashAttention4:
+    """The two functions of `flash_attn.cute.interface`."""
+
+    @staticmethod
+    def flash_attn_func(q: Any, k: Any, v: Any, *, causal: bool, window_size: tuple[Any, Any]) -> Any:
+        return flash(q, k, v, causal, *window_size), None
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+        window_size: tuple[Any, Any],
+    ) -> Any:
+        assert cu_seqlens_q is cu_seqlens_k
+        return flash(q, k, v, causal, *window_size, cu_seqlens_q), None
+
+
+FLASH = ("causal", "full", "window", "around", "step", "packed", "padded")
+
+
+@pytest.mark.parametrize("row", [row for row in SMALL if row.name in FLASH], ids=lambda row: row.name)
+@pytest.mark.parametrize("peer", [peers.flash, peers.flash4])
+def test_flash_attention_is_asked_for_the_rows_function(peer: Any, row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for what runs on a GPU alone."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_attention_2)
+    found = SimpleNamespace(find_spec=lambda name: True)
+    monkeypatch.setattr(peers, "importlib", SimpleNamespace(util=found, import_module=lambda name: FlashAttention4))
+    result = measure(row, contestants.member("eager"), Contestant("peer", "peer", peer))
+    assert isinstance(result.cells["peer"].forward, Samples)
+    assert isinstance(result.cells["peer"].both, Samples) == row.backward
 
 
 @pytest.mark.parametrize("name", ["window", "around", "globals", "strided", "packed"])

@@ -50,7 +50,7 @@ class Cell:
     both: Samples | Problem | None = None
     """forward and backward; None in a row without backward"""
     peak_bytes: int | None = None
-    """what forward and backward hold beside the inputs"""
+    """what forward and backward hold beside the inputs; the forward alone, where that is all that runs"""
 
     def given(self, way: Way, taken: Samples | Problem) -> Cell:
         """The cell with its time that way."""
@@ -140,7 +140,7 @@ class _Row:
         return cell
 
     def warm(self, contestant: Contestant, inputs: Inputs) -> None:
-        """Run a contestant twice each way, the second time for an estimate; its output must be near the first one's."""
+        """Run a contestant some times each way, the last for an estimate; its output must be near the first one's."""
         if self.lost:
             return
         name, cell = contestant.name, Cell(contestant.role)
@@ -152,9 +152,11 @@ class _Row:
         if isinstance(taken, Problem):
             self.cells[name] = self.without(contestant, taken)
             return
-        self.works["forward"][name] = (call.forward, taken)
+        seconds, peak = taken
+        self.works["forward"][name] = (call.forward, seconds)
+        cell = replace(cell, peak_bytes=peak)
         if "both" in self.ways:
-            both = self.attempt(partial(self._both, call, taken))
+            both = self.attempt(partial(self._both, call, seconds))
             if isinstance(both, Problem):
                 cell = replace(cell, both=both)
             else:
@@ -163,7 +165,7 @@ class _Row:
                 cell = replace(cell, peak_bytes=peak)
         self.cells[name] = cell
 
-    def _forward(self, call: Call, inputs: Inputs) -> float | Problem:
+    def _forward(self, call: Call, inputs: Inputs) -> tuple[float, int | None] | Problem:
         out = call.ours(call.forward()).detach()
         if inputs.row.layout == "padded":
             out = out * inputs.real[:, :, None, None]
@@ -172,7 +174,8 @@ class _Row:
         apart = float((out.float() - self.first.float()).norm() / self.first.float().norm())
         if not apart < APART:
             return Problem("another function", f"its output is {apart:.2g} of ours away from it")
-        return self.clock.once(call.forward)
+        peak = self.clock.peak(call.forward)
+        return self.clock.once(call.forward), peak
 
     def _both(self, call: Call, forward: float) -> tuple[Work, float, int | None] | Problem:
         if forward > SLOW:

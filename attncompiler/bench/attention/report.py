@@ -186,6 +186,7 @@ def as_data(result: Measured) -> dict[str, Any]:
         "pattern": dict(row.pattern),
         "pairs": result.pairs,
         "forward_flops": result.flops,
+        "key_bytes": result.key_bytes,
         "planned": result.chain[0] if result.chain else None,
         "chain": list(result.chain),
         "cells": {name: _cell_data(cell, result.flops) for name, cell in result.cells.items()},
