@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,6 +15,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("default")
+
+# measured tables of whoever runs the tests do not count in them, nor in the processes they start
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="attncompiler-tests-")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

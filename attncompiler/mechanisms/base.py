@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from attncompiler.measured import Bucket, Entry, Order, ordered
 from attncompiler.targets.detect import Environment
 from attncompiler.targets.target import Target
 
@@ -287,6 +288,11 @@ class Mechanism:
     """whether it cannot take more tokens than the model's max_position_embeddings"""
     sees: Callable[[Any, int], tuple[str, float]] | None = None
     """(policy, tokens T) → what a token sees of the others, in a word, and the share of all T² pairs that meet"""
+    shapes: Callable[[Any, MixerSize], Mapping[str, tuple[int, ...]]] | None = None
+    """(policy, size) → the shapes of the operator's inputs in its layers, as far as `bucket` reads them"""
+    bucket: Callable[[Mapping[str, tuple[int, ...]], Any, str], Bucket] | None = None
+    """(shapes of the operator's inputs, its options or a policy, dtype) → the bucket of measured tables that it is in;
+    None, and no `shapes`, for a mechanism that is not measured"""
     helpers: tuple[str, ...] = ()
     """entries of public functions about the mechanism that run no kernel, in `attncompiler.ops` too"""
     places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -295,6 +301,23 @@ class Mechanism:
     def kernel(self, name: str) -> Kernel | None:
         """The kernel of that name, or None when the name is reserved for one that is not built yet."""
         return next((kernel for kernel in self.kernels if kernel.name == name), None)
+
+
+def auto_order(
+    mechanism: Mechanism,
+    device_type: str,
+    features: Mapping[str, Value],
+    entries: Sequence[Entry],
+    bucket: Callable[[], Bucket],
+) -> Order:
+    """The order of `kernel: auto`, at plan time and at run time: the mechanism's own, refined by what was measured.
+
+    `bucket` is asked only where there is something to look up.
+    """
+    static = mechanism.order(device_type, features)
+    if mechanism.bucket is None or not any(entry.mechanism == mechanism.name for entry in entries):
+        return Order(static)
+    return ordered(static, mechanism.name, bucket(), entries)
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from attncompiler.mechanisms.attention.buckets import bucket, shapes
 from attncompiler.mechanisms.attention.pairs import visible_pairs
 from attncompiler.mechanisms.attention.pattern import Causal, Pattern, is_band
 from attncompiler.mechanisms.base import (
@@ -283,5 +284,7 @@ MECHANISM = Mechanism(
     relations=relations,
     sized=sized,
     sees=sees,
+    shapes=shapes,
+    bucket=bucket,
     places=PLACES,
 )
