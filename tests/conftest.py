@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 
@@ -26,9 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # read when Triton is first imported: without a GPU its kernels are run by its interpreter
+    # without a GPU its kernels are run by Triton's interpreter, which must know when it is first imported
     if config.getoption("--device") == "cpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+        os.environ["TRITON_INTERPRET"] = "1"
+        importlib.import_module("triton")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +31,7 @@ class Environment:
     system: str
     """operating system and machine, such as "Linux x86_64\""""
     interpreting: bool = False
-    """whether Triton was told (TRITON_INTERPRET=1) to run kernels by its interpreter on a CPU, to be tested"""
+    """whether Triton, where it is loaded, runs kernels by its interpreter on a CPU, to be tested"""
 
 
 @cache
@@ -46,7 +47,7 @@ def detect_environment() -> Environment:
         MappingProxyType(found),
         platform.python_version(),
         f"{platform.system()} {platform.machine()}",
-        interpreting="triton" in found and os.environ.get("TRITON_INTERPRET") == "1",
+        interpreting="triton" in sys.modules and bool(sys.modules["triton"].knobs.runtime.interpret),
     )
 
 

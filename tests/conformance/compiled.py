@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from attncompiler.mechanisms.attention.kernels.triton import kernel, launch
+from attncompiler.mechanisms.attention.flash import kernel, launch
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, Random, SlidingWindow
 

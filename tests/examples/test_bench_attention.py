@@ -287,7 +287,7 @@ def test_what_fails_in_a_cell_is_shown_there_and_stops_no_other() -> None:
         "full": (raising("full", torch.OutOfMemoryError("no room\nat all"), late=True), "no memory", "no room"),
         "odd": (raising("odd", KeyError("x"), late=True), "failed", "KeyError: 'x'"),
         "sm": (raising("sm", RuntimeError("No available kernel. Aborting."), late=True), "refused", "torch offers no"),
-        "triton": (contestants.member("triton"), "refused", "not built"),
+        "ring": (contestants.member("ring"), "refused", "not built"),
     }
     result = measure(SMALL[0], *(each for each, *_ in failing.values()), contestants.member("sdpa"))
     for name, (_, kind, reason) in failing.items():
@@ -400,8 +400,8 @@ def test_ratios_are_of_the_planned_kernel() -> None:
 
 
 def test_a_planned_kernel_without_a_backward_is_measured_as_the_pair_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "planned", lambda inputs: ("triton", "sdpa"))
-    result = measure(SMALL[0], contestants.member("triton"), contestants.member("sdpa"))
+    monkeypatch.setattr(grid, "planned", lambda inputs: ("ring", "sdpa"))
+    result = measure(SMALL[0], contestants.member("ring"), contestants.member("sdpa"))
     assert isinstance(result.cells["auto"].both, Samples)
     assert result.plan is result.cells["auto"]
     assert [list(entry.kernels) for entry in keep.entries([result], RUN, "float32")] == [["sdpa"]]

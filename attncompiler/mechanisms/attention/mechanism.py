@@ -190,7 +190,7 @@ KERNELS = (
     ),
     Kernel(
         name="triton",
-        entry="attncompiler.mechanisms.attention.kernels.triton.kernel:KERNEL",
+        entry="attncompiler.mechanisms.attention.kernels.triton:KERNEL",
         needs=Needs(
             features={**EVERYTHING, "head_dim": AtMost(256), "value_width": AtMost(256)},
             device_types=("cuda",),

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attncompiler.mechanisms.attention.kernels.triton.forward import SIZES, Sizes, tile_of
-from attncompiler.mechanisms.attention.kernels.triton.scores import LOG2_E, kept, logits
-from attncompiler.mechanisms.attention.kernels.triton.tiles import (
+from attncompiler.mechanisms.attention.flash.forward import SIZES, Sizes, tile_of
+from attncompiler.mechanisms.attention.flash.scores import LOG2_E, kept, logits
+from attncompiler.mechanisms.attention.flash.tiles import (
     counts,
     full_tile,
     key_bounds,
@@ -19,7 +19,7 @@ from attncompiler.mechanisms.attention.kernels.triton.tiles import (
     query_bounds,
     table_bounds,
 )
-from attncompiler.mechanisms.attention.kernels.triton.visible import column_positions, row_positions, sees
+from attncompiler.mechanisms.attention.flash.visible import column_positions, row_positions, sees
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attncompiler.mechanisms.attention.kernels.triton.visible import Window
+from attncompiler.mechanisms.attention.flash.visible import Window
 
 BOUNDS = 6
 

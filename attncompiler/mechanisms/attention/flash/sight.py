@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attncompiler.mechanisms.attention.block_lists import TileList, block_lists
-from attncompiler.mechanisms.attention.kernels.triton.tiles import BOUNDS, Lists, Meeting
-from attncompiler.mechanisms.attention.kernels.triton.visible import Columns, Rows, Vectors, Window
+from attncompiler.mechanisms.attention.flash.tiles import BOUNDS, Lists, Meeting
+from attncompiler.mechanisms.attention.flash.visible import Columns, Rows, Vectors, Window
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import (
     Causal,

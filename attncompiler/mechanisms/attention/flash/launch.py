@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 
 from attncompiler.mechanisms.attention.dropout import BITS
-from attncompiler.mechanisms.attention.kernels.triton.forward import Sizes
-from attncompiler.mechanisms.attention.kernels.triton.scores import Scoring
-from attncompiler.mechanisms.attention.kernels.triton.visible import Strided
+from attncompiler.mechanisms.attention.flash.forward import Sizes
+from attncompiler.mechanisms.attention.flash.scores import Scoring
+from attncompiler.mechanisms.attention.flash.visible import Strided
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.runtime.implementation import Tensors
 

@@ -1,4 +1,4 @@
-"""The kernel `triton`: which programs run for a call."""
+"""Which programs run for a call."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 import triton
 
 from attncompiler.mechanisms.attention import sinks
-from attncompiler.mechanisms.attention.kernels.triton.backward import delta_kernel, gather_kernel, spread_kernel
-from attncompiler.mechanisms.attention.kernels.triton.forward import attend_kernel, merge_kernel
-from attncompiler.mechanisms.attention.kernels.triton.launch import (
+from attncompiler.mechanisms.attention.flash.backward import delta_kernel, gather_kernel, spread_kernel
+from attncompiler.mechanisms.attention.flash.forward import attend_kernel, merge_kernel
+from attncompiler.mechanisms.attention.flash.launch import (
     CACHE,
     Blocks,
     Device,
@@ -23,9 +23,9 @@ from attncompiler.mechanisms.attention.kernels.triton.launch import (
     strided,
     widths,
 )
-from attncompiler.mechanisms.attention.kernels.triton.sight import Sight
+from attncompiler.mechanisms.attention.flash.sight import Sight
 from attncompiler.mechanisms.attention.op import AttentionOptions
-from attncompiler.runtime.implementation import Implementation, Tensors
+from attncompiler.runtime.implementation import Tensors
 
 FEW_ROWS = 64
 """Rows of a token's heads and few tokens, as in decoding, that are packed into one tile."""
@@ -155,6 +155,3 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
     if "sinks" in inputs:
         found["sinks"] = sinks.gradient_of(inputs["sinks"], lse, delta)
     return found
-
-
-KERNEL = Implementation(forward, backward)

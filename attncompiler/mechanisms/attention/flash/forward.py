@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attncompiler.mechanisms.attention.kernels.triton.scores import LN_2, LOG2_E, kept, logits
-from attncompiler.mechanisms.attention.kernels.triton.tiles import (
+from attncompiler.mechanisms.attention.flash.scores import LN_2, LOG2_E, kept, logits
+from attncompiler.mechanisms.attention.flash.tiles import (
     counts,
     full_tile,
     key_bounds,
     partial_tile,
     table_bounds,
 )
-from attncompiler.mechanisms.attention.kernels.triton.visible import column_positions, row_positions, sees
+from attncompiler.mechanisms.attention.flash.visible import column_positions, row_positions, sees
 
 SIZES = ("B", "T", "S", "H", "K", "heads_at_once")
 """Arguments of which no value has code of its own: there would be one for every combination of ones."""
