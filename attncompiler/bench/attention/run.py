@@ -39,7 +39,8 @@ def results(
         yield result
         if result.lost:
             return
-        torch.compiler.reset()  # what was compiled for one row serves no other
+        if device_type == "cuda":
+            torch.compiler.reset()  # what was compiled for one row serves no other
         clock.free()
 
 
