@@ -8,6 +8,7 @@ import torch
 import triton
 
 from attncompiler.mechanisms.attention import sinks
+from attncompiler.mechanisms.attention.flash import hopper
 from attncompiler.mechanisms.attention.flash.backward import delta_kernel, gather_kernel, spread_kernel
 from attncompiler.mechanisms.attention.flash.forward import attend_kernel, merge_kernel
 from attncompiler.mechanisms.attention.flash.launch import (
@@ -37,6 +38,8 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tenso
     """q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) → out (B, T, H, V), lse (B, H, T)."""
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     sizes, device = sizes_of(inputs), device_of(q.device)
+    if hopper.serves(device, inputs, options, FEW_ROWS):
+        return hopper.forward(device, inputs, options)
     out = q.new_empty(sizes.B, sizes.T, sizes.H, v.shape[-1])
     lse = q.new_empty(sizes.B, sizes.H, sizes.T, dtype=torch.float32)
     sight, group = Sight.of(inputs, options), sizes.H // sizes.K

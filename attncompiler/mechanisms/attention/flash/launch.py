@@ -28,6 +28,8 @@ class Device:
     shared_memory: int
     """bytes a program may have"""
     multiprocessors: int
+    capability: tuple[int, int] = (0, 0)
+    """compute capability; of no GPU, none"""
 
 
 @cache
@@ -36,7 +38,8 @@ def device_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(2**16, 4)
     seen = torch.cuda.get_device_properties(device)
-    return Device(seen.shared_memory_per_block_optin, seen.multi_processor_count)  # type: ignore[attr-defined]
+    shared_memory = seen.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Device(shared_memory, seen.multi_processor_count, (seen.major, seen.minor))
 
 
 @dataclass(frozen=True, slots=True)
