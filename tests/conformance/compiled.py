@@ -2,7 +2,7 @@
 
 Run in a process of its own: under Triton's interpreter nothing is compiled.
 
-    python tests/conformance/compiled.py CAPABILITY SHARED_MEMORY
+    python tests/conformance/compiled.py CAPABILITY SHARED_MEMORY_BYTES
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from attncompiler.mechanisms.attention.flash import kernel, launch
 from attncompiler.mechanisms.attention.op import AttentionOptions
-from attncompiler.mechanisms.attention.pattern import Causal, Random, SlidingWindow
+from attncompiler.mechanisms.attention.pattern import Causal, Random, SlidingWindow, Strided
 
 
 class NoDevice:
@@ -74,7 +74,11 @@ def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
             yield call(dtype, width, 256, Causal())
         yield call(dtype, 128, 1, Causal())
     yield call(torch.float16, 32, 256, Causal())
-    for pattern in (SlidingWindow(window=100, global_tokens=3), Random(block_size=16, random_blocks=2, causal=False)):
+    for pattern in (
+        SlidingWindow(window=100, global_tokens=3),
+        Random(block_size=16, random_blocks=2, causal=False),
+        Strided(block_size=8, stride=4, window=2),
+    ):
         yield call(torch.bfloat16, 128, 256, pattern)
     everything = call(torch.bfloat16, 128, 256, Causal())
     tensors = everything[0] | {
@@ -95,7 +99,7 @@ def call(dtype: torch.dtype, width: int, T: int, pattern: Any) -> tuple[dict[str
 
 def main(capability: int, shared_memory: int) -> None:
     triton.runtime.driver.set_active(NoDevice(capability))
-    kernel.device_of = lambda device: launch.Device(shared_memory, 132)
+    kernel.device_of = lambda device: launch.Device(shared_memory, 132, divmod(capability, 10))
     rows = []
     for tensors, options in calls():
         found: list[Any] = []

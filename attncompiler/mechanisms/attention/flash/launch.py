@@ -80,6 +80,8 @@ MATRIX_UNITS = (
 """Shapes for 16-bit operands, best first."""
 VECTOR_UNITS = (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1))
 """Shapes for fp32, which is multiplied number by number."""
+INTERPRETED = Blocks(64, 32, 4, 1)
+"""Where there is no GPU: a few short sequences are several tiles, and a tile takes about as long whatever its size."""
 MOST_REGISTERS = 150
 """of 255, for sums and scores"""
 MOST_PRODUCTS = 512
@@ -89,6 +91,8 @@ MOST_PRODUCTS = 512
 def blocks_for(device: Device, dtype: torch.dtype, own_width: int, met_width: int, sums_width: int) -> Blocks:
     """The best shape that a device has room for, by how wide a program's own operands, those it meets and its sums
     are."""
+    if device.capability == (0, 0):
+        return INTERPRETED
     exact = dtype == torch.float32
     for blocks in VECTOR_UNITS if exact else MATRIX_UNITS:
         if exact and blocks.products(met_width // 2) > MOST_PRODUCTS:
