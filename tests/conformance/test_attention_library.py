@@ -253,6 +253,8 @@ def test_the_tiles_of_flex_attention_are_those_of_the_dense_mask(
     )
     block = create_block_mask(mask_mod, None, None, T, S, device="cpu")
     rows, columns = -(-T // flex.TILE), -(-S // flex.TILE)
+    for name in ("kv_indices", "q_indices"):
+        assert found[name].stride() == found[f"full_{name}"].stride(), "the kernel reads both by the strides of one"
     for prefix in ("", "full_"):
         ours = dense(found[f"{prefix}kv_num_blocks"], found[f"{prefix}kv_indices"], columns)
         theirs = dense(getattr(block, f"{prefix}kv_num_blocks"), getattr(block, f"{prefix}kv_indices"), columns)

@@ -47,7 +47,7 @@ def test_long_calls_are_within_the_budget_or_refused(
 ) -> None:
     for lengths in LENGTHS:
         for masks in (False, True):
-            case = prepared(case_of(PATTERNS[number], lengths, 64, number % 2 == 1, masks), dtype, device)
+            case = prepared(case_of(PATTERNS[number], lengths, 32, number % 2 == 1, masks), dtype, device)
             if refusals_of(kernel, case):
                 assert kernel.name not in ("chunkwise", "eager")
                 continue
