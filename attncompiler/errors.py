@@ -55,11 +55,13 @@ CATALOGUE: dict[str, str] = {
     "E501": "no kernel could run",
     "E502": "the state is full",
     "E503": "this model cannot be run step by step",
+    "E504": "the device can do no more work in this process",
     # 6: files and the command line
     "E601": "a folder cannot be written",
     "E602": "a command's arguments do not fit together",
     "E603": "the operating system refused an operation",
     "E604": "the device has no room",
+    "E605": "a measured table is damaged",
 }
 
 
@@ -129,7 +131,7 @@ class InputError(AttnCompilerError, ValueError):
 
 
 class KernelError(AttnCompilerError, RuntimeError):
-    """Every kernel of a chain refused or failed: code E501."""
+    """Every kernel of a chain refused or failed, or the device did: codes E501 and E504."""
 
 
 class UsageError(AttnCompilerError):

@@ -157,7 +157,8 @@ def _load(
     device = _device(device, None)
     planned = _plan_here(spec, device, None).require(spec)
     if locked and (stored.plan is None or planned.choices() != stored.plan.choices()):
-        raise fail(ArtifactError, "E305", f"{stored.path} was planned for other hardware than {planned.target}")
+        why = f"was planned for other hardware than {planned.target}, or by other measured tables"
+        raise fail(ArtifactError, "E305", f"{stored.path} {why}")
     model = emit(spec, planned, device=device, draw=not stored.has_weights)
     if stored.has_weights and device != "meta":
         stored.load_into(model)

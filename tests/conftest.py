@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,10 +17,20 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
+# measured tables of whoever runs the tests do not count in them, nor in the processes they start
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="attncompiler-tests-")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where kernels run: cpu or cuda")
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # without a GPU its kernels are run by Triton's interpreter, which must know when it is first imported
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        importlib.import_module("triton")
 
 
 @pytest.fixture

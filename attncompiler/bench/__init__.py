@@ -1,5 +1,6 @@
 """Benchmarks: each script puts this package beside a peer, or beside itself, in one process.
 
+    attncompiler bench attention --peers        every kernel of attention on this device, and its peers; --save keeps it
     python -m attncompiler.bench.train_step     a training step against HF transformers (needs the extra `hf`)
     python -m attncompiler.bench.sparse         sparse patterns against SDPA, masked or causal: time and memory
     python -m attncompiler.bench.blocks         patterns as block lists: time and memory

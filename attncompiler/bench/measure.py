@@ -36,6 +36,14 @@ class Samples:
     def slowest(self) -> float:
         return max(self.seconds)
 
+    @property
+    def spread(self) -> float:
+        """How far the middle half of the samples lies apart, as a share of the median; 0 for fewer than two."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
     def scaled(self, factor: float) -> Samples:
         """The same samples in another unit: per token, or in milliseconds."""
         return Samples(tuple(second * factor for second in self.seconds))

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from attncompiler import __version__
-from attncompiler.cli import build, check, explain, fuzz, generate, info, listing, schema, verify
+from attncompiler.cli import bench, build, check, explain, fuzz, generate, info, listing, schema, verify
 from attncompiler.cli.failures import Verb
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ app.command("check", cls=Verb)(check.check)
 app.command("explain", cls=Verb)(explain.explain)
 app.command("verify", cls=Verb)(verify.verify)
 app.command("fuzz", cls=Verb)(fuzz.fuzz)
+app.add_typer(bench.app, name="bench")
 app.command("generate", cls=Verb)(generate.generate)
 app.command("list", cls=Verb)(listing.list_)
 app.command("schema", cls=Verb)(schema.schema)

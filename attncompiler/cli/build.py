@@ -94,6 +94,7 @@ def _print(summary: dict[str, Any], device: str | None, *, unasked: bool) -> Non
     output.line(f"{summary['spec']}: {count} layers, {parameters:,} parameters, {summary['dtype']}")
     output.line()
     layers.layers(summary, costs=False)
+    layers.measured(summary)
     output.line()
     others = [name for name in summary["listed"] if name != summary["target"]]
     output.line(f"planned for {', '.join(summary['listed'])}; emitted for {summary['target']} ({summary['title']})")

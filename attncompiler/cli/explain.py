@@ -43,4 +43,5 @@ def explain(
         layers.layers(each, costs=True)
         output.line()
         layers.totals(each)
+        layers.measured(each)
         layers.refusals(each)

@@ -59,6 +59,18 @@ def refusals(explained: dict[str, Any]) -> None:
         output.table(("refused", "for", "because"), rows)
 
 
+def measured(explained: dict[str, Any]) -> None:
+    """A line for each order of kernels that was measured: for which policies, on what device, and when."""
+    found: dict[str, list[str]] = {}
+    for layer in explained["layers"]:
+        if (by := layer["measured"]) is not None:
+            found.setdefault(f"{by['device']}, {by['date']}: {by['bucket']}", []).append(layer["policy"])
+    if found:
+        output.line()
+        rows = [(", ".join(dict.fromkeys(policies)), what) for what, policies in found.items()]
+        output.table(("order of", "measured on"), rows)
+
+
 def totals(explained: dict[str, Any]) -> None:
     """What the whole model costs, and whether training fits."""
     model, fit = explained["model"], explained["fit"]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from attncompiler.measured import Bucket, Entry, Order, ordered
 from attncompiler.targets.detect import Environment
 from attncompiler.targets.target import Target
 
@@ -105,10 +106,27 @@ class Needs:
     """feature that is not offered, or not at every value → what is known of it, said with the refusal"""
     on: Mapping[str, Needs] = field(default_factory=dict)
     """device type → all that is needed there, of a kernel that is another one on that device"""
+    interpreted: tuple[str, ...] = ()
+    """dtypes that Triton's interpreter, which runs a GPU's kernel on a CPU for whoever tests it, computes right"""
 
     def at(self, device_type: str) -> Needs:
         """What is needed on a device of that type."""
         return self.on.get(device_type, self)
+
+    def device_refusal(self, name: str, target: Target, environment: Environment | None) -> str | None:
+        """Why the kernel of that name does not run on such a device; None where it does."""
+        if target.device_type not in self.device_types:
+            interpreting = environment is not None and environment.interpreting
+            if self.interpreted and interpreting and target.device_type == "cpu":
+                return None
+            return f"{name} runs on {' and '.join(self.device_types)} only"
+        needs = self.at(target.device_type)
+        if needs.vendor is not None and target.vendor not in (needs.vendor, "any"):
+            return f"{name} needs {needs.vendor} hardware, {target.name} is {target.vendor}"
+        wanted = needs.min_compute_capability
+        if wanted is not None and (target.compute_capability or (0, 0)) < wanted:
+            return f"{name} needs compute capability {'.'.join(map(str, wanted))} or later"
+        return None
 
     def refuse(self, feature: str, value: Value) -> str | None:
         """What is said of a feature's value that is not offered; None where it is, or where it asks for nothing."""
@@ -147,19 +165,11 @@ def refusals(
     that the plan for a listed target does not depend on where it was made.
     """
     needs, found = kernel.needs.at(target.device_type), []
-    if target.device_type not in kernel.needs.device_types:
-        found.append(Refusal("target", f"{kernel.name} runs on {' and '.join(kernel.needs.device_types)} only"))
-    elif needs.vendor is not None and target.vendor not in (needs.vendor, "any"):
-        found.append(
-            Refusal("target", f"{kernel.name} needs {needs.vendor} hardware, {target.name} is {target.vendor}")
-        )
-    elif (
-        needs.min_compute_capability is not None
-        and (target.compute_capability or (0, 0)) < needs.min_compute_capability
-    ):
-        wanted = ".".join(map(str, needs.min_compute_capability))
-        found.append(Refusal("target", f"{kernel.name} needs compute capability {wanted} or later"))
-    if request.dtype is not None and request.dtype not in needs.dtypes:
+    refused = kernel.needs.device_refusal(kernel.name, target, environment)
+    if refused is not None:
+        found.append(Refusal("target", refused))
+    interpreted = refused is None and target.device_type not in kernel.needs.device_types
+    if request.dtype is not None and request.dtype not in (needs.interpreted if interpreted else needs.dtypes):
         found.append(Refusal("option", f"{kernel.name} does not take {request.dtype}"))
     for name, value in request.features.items():
         refused = needs.refuse(name, value)
@@ -278,6 +288,11 @@ class Mechanism:
     """whether it cannot take more tokens than the model's max_position_embeddings"""
     sees: Callable[[Any, int], tuple[str, float]] | None = None
     """(policy, tokens T) → what a token sees of the others, in a word, and the share of all T² pairs that meet"""
+    shapes: Callable[[Any, MixerSize], Mapping[str, tuple[int, ...]]] | None = None
+    """(policy, size) → the shapes of the operator's inputs in its layers, as far as `bucket` reads them"""
+    bucket: Callable[[Mapping[str, tuple[int, ...]], Any, str], Bucket] | None = None
+    """(shapes of the operator's inputs, its options or a policy, dtype) → the bucket of measured tables that it is in;
+    None, and no `shapes`, for a mechanism that is not measured"""
     helpers: tuple[str, ...] = ()
     """entries of public functions about the mechanism that run no kernel, in `attncompiler.ops` too"""
     places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -286,6 +301,23 @@ class Mechanism:
     def kernel(self, name: str) -> Kernel | None:
         """The kernel of that name, or None when the name is reserved for one that is not built yet."""
         return next((kernel for kernel in self.kernels if kernel.name == name), None)
+
+
+def auto_order(
+    mechanism: Mechanism,
+    device_type: str,
+    features: Mapping[str, Value],
+    entries: Sequence[Entry],
+    bucket: Callable[[], Bucket],
+) -> Order:
+    """The order of `kernel: auto`, at plan time and at run time: the mechanism's own, refined by what was measured.
+
+    `bucket` is asked only where there is something to look up.
+    """
+    static = mechanism.order(device_type, features)
+    if mechanism.bucket is None or not any(entry.mechanism == mechanism.name for entry in entries):
+        return Order(static)
+    return ordered(static, mechanism.name, bucket(), entries)
 
 
 @cache

@@ -65,6 +65,7 @@ def _layers(spec: ModelSpec, plan: Plan, cost: ModelCost) -> Iterator[dict[str, 
             "count": len(members),
             "mlp": layer.mlp.kind,
             "chain": list(planned.chain),
+            "measured": None if planned.choice.measured is None else planned.choice.measured.model_dump(),
             "refusals": [
                 {
                     "kernel": refused.kernel,

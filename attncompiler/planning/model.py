@@ -28,6 +28,14 @@ class RefusedKernel(StrictModel):
         return f"{self.kernel}: " + "; ".join(map(str, self.reasons))
 
 
+class Measured(StrictModel):
+    """What the order of a chain was measured on: the device, when, and the bucket of the table, in words."""
+
+    device: str
+    date: str
+    bucket: str
+
+
 class PlannedPolicy(StrictModel):
     """The chain that serves a policy's layers, best first (the first is used, the rest are its fallback), and refusals.
 
@@ -40,6 +48,8 @@ class PlannedPolicy(StrictModel):
     """the kernel that the policy named alone, which must serve"""
     chain: Names
     refusals: Annotated[tuple[RefusedKernel, ...], Field(strict=False)]
+    measured: Measured | None = None
+    """where the order comes from measured tables; None where it is the mechanism's own, or the spec's"""
     cost: Cost
     """of one mixer on the first kernel of the chain, for the plan's batch and length"""
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from attncompiler import targets
 from attncompiler.errors import Diagnostic, PlanError
+from attncompiler.measured import LAST, Bucket, Entry, Order, entries
 from attncompiler.mechanisms.base import (
     NOT_BUILT,
     Cost,
@@ -19,11 +20,12 @@ from attncompiler.mechanisms.base import (
     Refusal,
     Request,
     Value,
+    auto_order,
     discover,
     load_entry,
     refusals,
 )
-from attncompiler.planning.model import FORMAT, Plan, PlannedPolicy, RefusedKernel
+from attncompiler.planning.model import FORMAT, Measured, Plan, PlannedPolicy, RefusedKernel
 from attncompiler.spec.diagnose import dotted
 from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.detect import Environment
@@ -45,14 +47,15 @@ def plan(
     """Choose every layer's chain of kernels on `target`, a Target or a built-in's name.
 
     The plan is for `batch` sequences of `seq_len` tokens, default `planned_length(spec)`: what a kernel refuses at that
-    size alone is refused in it too.
+    size alone is refused in it too. Where kernels were measured at about that size, `kernel: auto` follows that.
 
-    Without `environment` the plan is for a listed target, wherever it is: what is installed does not count, and a layer
-    that no allowed kernel can serve is an error. With it the plan is for the machine at hand: such a layer gets an
-    empty chain, with the reasons on record, and `Plan.require` raises.
+    Without `environment` the plan is for a listed target, wherever it is: what is installed or was measured here does
+    not count, and a layer that no allowed kernel can serve is an error. With it the plan is for the machine at hand: a
+    layer may get an empty chain, with the reasons on record, and `Plan.require` raises.
 
     Raises PlanError with every fault of every policy in use: E201 (no kernel), E202 (the demanded kernel refuses), E203
-    (an option that this version does not build); SpecError (E107) for an unknown target.
+    (an option that this version does not build); SpecError (E107) for an unknown target; UsageError (E605) where a
+    measured table is damaged.
     """
     if isinstance(target, str):
         target = targets.get(target)
@@ -165,7 +168,9 @@ def _choose(
     }
     request = Request(mechanism.name, features, spec.model.dtype)
     chain, refused = [], []
-    for candidate in candidates(spec, policy, mechanism, request, target):
+    known = entries(target, here=environment is not None)
+    order = candidates(spec, policy, mechanism, request, target, size, known)
+    for candidate in order.kernels:
         reasons = kernel_refusals(mechanism, candidate, request, target, environment)
         if reasons:
             refused.append(RefusedKernel(kernel=candidate, reasons=reasons))
@@ -177,20 +182,43 @@ def _choose(
         demanded=policy.kernel if isinstance(policy.kernel, str) and policy.kernel != "auto" else None,
         chain=tuple(chain),
         refusals=tuple(refused),
+        measured=_measured(order.by, chain),
         cost=mixer_cost(policy, replace(size, kernel=chain[0])) if chain else Cost(),
     )
 
 
 def candidates(
-    spec: ModelSpec, policy: Policy, mechanism: Mechanism, request: Request, target: Target
-) -> tuple[str, ...]:
-    """The kernels that may serve, best first: a name or list of the policy's, else of `fallback.order`, else all."""
+    spec: ModelSpec,
+    policy: Policy,
+    mechanism: Mechanism,
+    request: Request,
+    target: Target,
+    size: MixerSize,
+    known: tuple[Entry, ...] = (),
+) -> Order:
+    """The kernels that may serve, best first: a name or list of the policy's, else of `fallback.order`, else all.
+
+    All of them come in the mechanism's own order, refined by what is `known` of them at that size.
+    """
     asked = policy.kernel
     if asked == "auto":
         asked = spec.fallback.order.get(mechanism.name, "auto")
-    if asked == "auto":
-        return mechanism.order(target.device_type, request.features)
-    return (asked,) if isinstance(asked, str) else tuple(asked)
+    if asked != "auto":
+        return Order((asked,) if isinstance(asked, str) else tuple(asked))
+
+    def bucket() -> Bucket:
+        assert mechanism.bucket is not None
+        assert mechanism.shapes is not None
+        return mechanism.bucket(mechanism.shapes(policy, size), policy, spec.model.dtype)
+
+    return auto_order(mechanism, target.device_type, request.features, known, bucket)
+
+
+def _measured(by: Entry | None, chain: Iterable[str]) -> Measured | None:
+    """Where an order comes from; None where no two kernels of the chain were measured."""
+    if by is None or len((by.kernels.keys() & set(chain)) - set(LAST)) < 2:
+        return None
+    return Measured(device=by.run.device, date=by.run.date, bucket=str(by.bucket))
 
 
 def kernel_refusals(

@@ -53,6 +53,11 @@ def _target(explained: dict[str, Any], *, is_emitted: bool) -> str:
         for refused in layer["refusals"]
         for reason in refused["reasons"]
     ]
+    measured = [
+        (layer["policy"], by["device"], by["date"], by["bucket"])
+        for layer in layers
+        if (by := layer["measured"]) is not None
+    ]
     fit = [
         (name, gib(each["parameter_bytes"]), gib(each["activation_bytes"]), gib(each["peak_bytes"]), each["verdict"])
         for name, each in explained["fit"].items()
@@ -65,6 +70,8 @@ def _target(explained: dict[str, Any], *, is_emitted: bool) -> str:
             _table(columns, rows),
             "<h3>Training memory</h3>",
             _table(("training", "parameters", "activations", "peak", "verdict"), fit),
+            "<h3>Measured orders</h3>" if measured else "",
+            _table(("policy", "device", "date", "calls"), dict.fromkeys(measured)) if measured else "",
             "<h3>Refused kernels</h3>" if refusals else "",
             _table(("policy", "kernel", "because of", "reason"), dict.fromkeys(refusals)) if refusals else "",
         )

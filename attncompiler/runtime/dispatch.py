@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,17 @@ from torch import Tensor
 
 from attncompiler.blocks.autocast import no_autocast
 from attncompiler.errors import InputError, KernelError, fail
-from attncompiler.mechanisms.base import Kernel, Mechanism, Request, discover, load_entry, refusals
+from attncompiler.measured import entries
+from attncompiler.mechanisms.base import (
+    Kernel,
+    Mechanism,
+    Request,
+    Value,
+    auto_order,
+    discover,
+    load_entry,
+    refusals,
+)
 from attncompiler.runtime import registry
 from attncompiler.runtime.implementation import Implementation, Tensors
 from attncompiler.targets.detect import Environment, detect_environment, detect_target
@@ -35,11 +45,47 @@ def _machine(device_type: str) -> tuple[Target, Environment]:
 
 
 def _allowed(
-    mechanism: Mechanism, site: registry.Record | None, request: Request, options: Any, device: str
+    mechanism: Mechanism, site: registry.Record | None, request: Request, inputs: Tensors, options: Any, device: str
 ) -> tuple[str, ...]:
     if site is not None:
         return site.chain
-    return options.kernel or mechanism.order(device, request.features)
+    names: tuple[str, ...] = options.kernel
+    if names:
+        return names
+    if mechanism.bucket is None or not entries(_machine(device)[0], here=True):
+        return mechanism.order(device, request.features)
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
+    return _measured(mechanism.name, device, request.dtype or "", tuple(request.features.items()), shapes, options)
+
+
+@lru_cache(maxsize=4096)
+def _measured(
+    name: str,
+    device: str,
+    dtype: str,
+    features: tuple[tuple[str, Value], ...],
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    options: Any,
+) -> tuple[str, ...]:
+    """The order of a call without a site on a machine that was measured."""
+    mechanism = discover()[name]
+    assert mechanism.bucket is not None
+    known = entries(_machine(device)[0], here=True)
+    bucket = partial(mechanism.bucket, dict(shapes), options, dtype)
+    return auto_order(mechanism, device, dict(features), known, bucket).kernels
+
+
+def chain(operator: Operator, inputs: Tensors, options: Any) -> tuple[str, ...]:
+    """The kernels that would serve a call of the operator without a site, the one that is tried first at the head."""
+    mechanism = discover()[operator.name]
+    request = operator.request(inputs, options)
+    device = inputs[operator.inputs[0]].device.type
+    serving = []
+    for name in _allowed(mechanism, None, request, inputs, options, device):
+        kernel = mechanism.kernel(name)
+        if kernel is not None and not refusals(kernel, request, *_machine(device)):
+            serving.append(name)
+    return tuple(serving)
 
 
 def _walk(
@@ -56,7 +102,7 @@ def _walk(
     target, environment = _machine(device)
     site = registry.find(handle)
     reasons: list[str] = []
-    for name in _allowed(mechanism, site, request, options, device):
+    for name in _allowed(mechanism, site, request, inputs, options, device):
         kernel = mechanism.kernel(name)
         if kernel is None:
             reasons.append(f"{name}: not built in this version")

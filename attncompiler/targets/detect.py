@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,8 @@ class Environment:
     python: str
     system: str
     """operating system and machine, such as "Linux x86_64\""""
+    interpreting: bool = False
+    """whether Triton, where it is loaded, runs kernels by its interpreter on a CPU, to be tested"""
 
 
 @cache
@@ -40,7 +43,12 @@ def detect_environment() -> Environment:
             found[name] = metadata.version(distributions[0])
             # several distributions may share one import name, as flash-attn and flash-attn-4 do
             found |= {re.sub(r"[-_.]+", "-", each).lower(): metadata.version(each) for each in distributions}
-    return Environment(MappingProxyType(found), platform.python_version(), f"{platform.system()} {platform.machine()}")
+    return Environment(
+        MappingProxyType(found),
+        platform.python_version(),
+        f"{platform.system()} {platform.machine()}",
+        interpreting="triton" in sys.modules and bool(sys.modules["triton"].knobs.runtime.interpret),
+    )
 
 
 def detect_target(device_type: str | None = None) -> Target:

@@ -59,6 +59,14 @@ def refusals_of(kernel: Kernel, case: Case) -> tuple[Refusal, ...]:
     return refusals(kernel, request, target, detect_environment())
 
 
+def dtypes_of(kernel: Kernel, device: str) -> tuple[str, ...]:
+    """What the kernel takes on the device; by Triton's interpreter where that stands for one; nothing elsewhere."""
+    device_type = device.partition(":")[0]
+    if device_type in kernel.needs.device_types:
+        return kernel.needs.at(device_type).dtypes
+    return kernel.needs.interpreted if detect_environment().interpreting else ()
+
+
 def cotangents(case: Case, seed: int = 0) -> dict[str, Tensor]:
     """A Gaussian gradient for every differentiable output of a prepared case, in the output's dtype and on the CPU."""
     generator = torch.Generator().manual_seed(seed)

@@ -126,7 +126,8 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import pkgutil, importlib, attncompiler
 for module in pkgutil.walk_packages(attncompiler.__path__, "attncompiler."):
-    importlib.import_module(module.name)
+    if ".flash." not in module.name:  # what Triton compiles
+        importlib.import_module(module.name)
 import torch
 model = attncompiler.build("specs/hybrid_tiny.yaml", device="cpu")
 tokens = torch.randint(256, (1, 9))
@@ -137,18 +138,24 @@ model.loss(tokens, tokens).backward()
 
 
 def test_no_library_of_an_extra_is_imported_at_module_level() -> None:
-    """Extras are imported inside functions alone, so their absence is met where it can be said."""
+    """Extras are imported inside functions alone, so their absence is met where it can be said.
+
+    What Triton compiles is the exception, and is itself imported inside the functions of its kernel alone.
+    """
     import ast
 
     extras = {"triton", "transformers", "matplotlib", "fla", "mamba_ssm", "flash_attn", "prometheus_client"}
     found = []
     for path in sorted((ROOT / "attncompiler").rglob("*.py")):
+        if path.parent.name == "flash":
+            continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module or ""]
+            names = ["triton" if ".flash" in name else name for name in names]
             found += [f"{path.name}: {name}" for name in names if name.partition(".")[0] in extras]
     assert not found
 

@@ -157,7 +157,7 @@ def test_explain_says_chains_refusals_and_whether_training_fits(spec: Path) -> N
         "small on h200",
         "small on cpu",
         "chunkwise, eager",
-        "triton is not built",
+        "host is not built",
         "training             fits",
     ):
         assert words in text

@@ -21,6 +21,7 @@ from attncompiler.mechanisms.base import Kernel, Mechanism, discover, load_entry
 from attncompiler.mechanisms.case import Case, Cases
 from attncompiler.runtime.operator import Operator
 from attncompiler.targets.detect import detect_environment
+from attncompiler.testing.conformance import dtypes_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,12 +53,12 @@ def _offers(metafunc: pytest.Metafunc, mechanism: Mechanism) -> bool:
 
 
 def _kernels(mechanisms: list[Mechanism], wanted: set[str], device: str) -> Iterator[dict[str, Any]]:
-    device_type = device.partition(":")[0]
     for mechanism in mechanisms:
         for kernel in mechanism.kernels:
-            if device_type not in kernel.needs.device_types:
+            names = dtypes_of(kernel, device)
+            if not names:
                 continue
-            offered = [name for name in DTYPES if name in kernel.needs.at(device_type).dtypes]
+            offered = [name for name in DTYPES if name in names]
             dtypes = {"widest": [offered[0], "float32"], "dtype": offered}
             column = next((column for column in dtypes if column in wanted), None)
             if column is None:
@@ -82,14 +83,21 @@ def _row(entry: dict[str, Any], names: list[str]) -> Any:
 def for_cases(request: pytest.FixtureRequest) -> Callable[..., None]:
     """`for_cases(check, *strategies)` calls the check with draws of the strategies; a smaller `share` of them."""
 
+    # the interpreter takes a second for a case
+    slow = "kernel" in request.fixturenames and _interpreted(request.getfixturevalue("kernel"), request)
+
     def run(check: Callable[..., None], *strategies: st.SearchStrategy[Any], share: float = 1.0) -> None:
-        count = max(2, round(request.param * share))
+        count = max(2, round(request.param * (min(share, 0.5) if slow else share)))
         few = request.param < 10  # the fast lane draws the same cases each time
         phases = (Phase.generate, Phase.shrink)
         same = settings(max_examples=count, deadline=None, database=None, phases=phases, derandomize=few)
         same(given(*strategies)(check))()
 
     return run
+
+
+def _interpreted(kernel: Kernel, request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("--device").partition(":")[0] not in kernel.needs.device_types
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from attncompiler.testing.conformance import (
     Trial,
     conforms,
     cotangents,
+    dtypes_of,
     evaluate,
     kernel_call,
     prepared,
@@ -140,9 +141,10 @@ def test_a_backward_serves_what_any_kernel_ran_forward(
 def test_a_kernel_is_pure(kernel: Kernel, device: str, cases: Cases, for_cases: ForCases) -> None:
     """It changes no argument, shares no memory with one, and gives what the operator's fake promises."""
     served = []
+    narrow = torch.bfloat16 if "bfloat16" in dtypes_of(kernel, device) else torch.float16
 
     def check(case: Case) -> None:
-        case = prepared(case, torch.bfloat16, device)
+        case = prepared(case, narrow, device)
         if refusals_of(kernel, case):
             return
         served.append(case)

@@ -81,7 +81,7 @@ def test_a_window_is_served_in_bands_on_a_cpu() -> None:
     assert plan(small(window), "cpu").layers[0].chain[0] == "chunkwise"
 
 
-@given(st.lists(st.sampled_from(["sdpa", "chunkwise", "eager", "triton", "host", "ring"]), min_size=1, unique=True))
+@given(st.lists(st.sampled_from(["sdpa", "chunkwise", "eager", "ring", "host"]), min_size=1, unique=True))
 def test_a_list_is_exhaustive_and_keeps_its_order(names: list[str]) -> None:
     spec = small(ATTENTION.format(f", kernel: [{', '.join(names)}]"))
     built = [name for name in names if discover()["attention"].kernel(name)]
@@ -218,7 +218,7 @@ def test_a_listed_target_does_not_depend_on_the_machine() -> None:
 
 
 def test_here_a_layer_without_a_kernel_is_recorded_and_required_later() -> None:
-    spec = small(ATTENTION.format(", kernel: triton"))
+    spec = small(ATTENTION.format(", kernel: cudnn"))
     made = plan(spec, detect_target("cpu"), detect_environment())
     assert made.here
     assert made.layers[0].chain == ()

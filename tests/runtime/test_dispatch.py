@@ -116,9 +116,9 @@ def test_when_none_can_run_the_error_names_every_reason() -> None:
         pytest.warns(KernelFallbackWarning),
         pytest.raises(KernelError, match="E501") as caught,
     ):
-        site("triton", "broken", pattern=SlidingWindow(window=2))(*qkv())
+        site("ring", "broken", pattern=SlidingWindow(window=2))(*qkv())
     message = str(caught.value)
-    assert "triton: not built in this version" in message
+    assert "ring: not built in this version" in message
     assert "broken: failed with RuntimeError: the kernel broke" in message
 
 

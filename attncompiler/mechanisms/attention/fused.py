@@ -1,6 +1,6 @@
 """torch's two fused attention kernels for NVIDIA GPUs, below F.scaled_dot_product_attention, which hides the lse.
 
-FlashAttention-2 serves half precision where a band of keys says what is seen: full, causal, a window without globals.
+FlashAttention-2 serves half precision where a band of keys says what is visible: full, causal, windows without globals.
 Its causal flag and its window are aligned to the bottom right, as ours are, and it serves grouped heads without
 repetition (`flash_attn/flash_api.cpp` in torch).
 
@@ -192,8 +192,8 @@ def together(tensor: Tensor, parts: int) -> Tensor:
 def _bias(inputs: Tensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """What to add to the scores, (B or 1, 1, T, S′) of 0 and −∞ in q's dtype, and which rows see nothing (B or 1, T).
 
-    S′ is S with room behind it: rows begin at a multiple of 16 bytes. Rows that see nothing are given every key, so
-    that no maximum and no sum of theirs is special; what they find is dropped.
+    S′ is S with room behind it: each row begins at a multiple of 16 bytes. Rows that see nothing are given every key,
+    so that no maximum and no sum of theirs is special; what they find is dropped.
     """
     q, T, S = inputs["q"], inputs["q"].shape[1], inputs["k"].shape[1]
     rows = max(1, MASK_ROWS // S)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from attncompiler.mechanisms.attention.buckets import bucket, shapes
 from attncompiler.mechanisms.attention.pairs import visible_pairs
 from attncompiler.mechanisms.attention.pattern import Causal, Pattern, is_band
 from attncompiler.mechanisms.base import (
@@ -188,6 +189,20 @@ KERNELS = (
         summary="cuDNN's fused attention, through torch: causal of equal lengths, and full",
     ),
     Kernel(
+        name="triton",
+        entry="attncompiler.mechanisms.attention.kernels.triton:KERNEL",
+        needs=Needs(
+            features={**EVERYTHING, "head_dim": AtMost(256), "value_width": AtMost(256)},
+            device_types=("cuda",),
+            dtypes=("float32", *HALF),
+            vendor="nvidia",
+            min_compute_capability=(8, 0),
+            packages={"triton": "pip install 'attncompiler[gpu]'"},
+            interpreted=("float32", "float16"),
+        ),
+        summary="built-in flash attention: every pattern and option, forward and backward",
+    ),
+    Kernel(
         name="flex_attention",
         entry="attncompiler.mechanisms.attention.kernels.flex_attention:KERNEL",
         needs=Needs(
@@ -269,5 +284,7 @@ MECHANISM = Mechanism(
     relations=relations,
     sized=sized,
     sees=sees,
+    shapes=shapes,
+    bucket=bucket,
     places=PLACES,
 )

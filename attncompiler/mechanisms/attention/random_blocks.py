@@ -45,10 +45,11 @@ def _shifted(x: Tensor, count: int) -> Tensor:
     return (x >> count) & (2 ** (64 - count) - 1)
 
 
-def drawn(pattern: Random, layer: int, rows: Tensor, blocks: Tensor | int) -> Tensor:
+def drawn(pattern: Random, layer: int, rows: Tensor, blocks: Tensor | int, *, trimmed: bool = True) -> Tensor:
     """The blocks (n, r') that the blocks `rows` (n,) of queries see by chance, `NONE` behind the last of each.
 
-    `blocks` (n,) is how many blocks of keys there are; it matters when the pattern is not causal.
+    `blocks` (n,) is how many blocks of keys there are; it matters when the pattern is not causal. Columns that are
+    `NONE` for all rows are left out where `trimmed`, which reads the rows; else r' is r.
     """
     before = (rows - pattern.local_blocks + 1 - pattern.global_blocks).clamp(min=0)
     if pattern.causal:
@@ -56,8 +57,9 @@ def drawn(pattern: Random, layer: int, rows: Tensor, blocks: Tensor | int) -> Te
     else:
         beyond = blocks - rows - pattern.local_blocks
         candidates = torch.where(rows < pattern.global_blocks, 0, before + beyond.clamp(min=0))
-    most = int(candidates.max()) if len(rows) else 0
-    count = min(pattern.random_blocks, most)
+    count = pattern.random_blocks
+    if trimmed:
+        count = min(count, int(candidates.max()) if len(rows) else 0)
     start = torch.tensor(pattern.seed, dtype=torch.int64, device=rows.device)
     state = mix(mix(mix(start) + layer) + rows)
     chosen = torch.full((len(rows), count), NONE, dtype=torch.int64, device=rows.device)

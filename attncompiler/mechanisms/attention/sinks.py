@@ -20,7 +20,11 @@ def join(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
 
 def gradient(sinks: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     """The gradient of the sinks (H,), from the results with them: −Σ exp(sink − lse) · (dout · out)."""
-    delta = torch.linalg.vecdot(dout.to(lse.dtype), out.to(lse.dtype)).transpose(1, 2)
+    return gradient_of(sinks, lse, torch.linalg.vecdot(dout.to(lse.dtype), out.to(lse.dtype)).transpose(1, 2))
+
+
+def gradient_of(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The same from delta (B, H, T), the sums of dout · out over V."""
     weight = (_by_row(sinks, lse) - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
     return -(weight * delta).sum((0, 2))
 

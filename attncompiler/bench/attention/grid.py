@@ -1,0 +1,255 @@
+"""One row, measured: who takes part is warmed up one by one, then timed in turns, forward and with backward.
+
+What fails in one cell is kept there and stops no other. This is a place where every exception is caught: a peer may
+raise anything, and each is shown.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from attncompiler.bench.attention.contestants import AUTO, Absent, Call, Contestant, mechanism, member, planned, policy
+from attncompiler.bench.attention.inputs import Inputs
+from attncompiler.bench.attention.rows import Row
+from attncompiler.bench.device import Clock
+from attncompiler.bench.measure import Samples, Work
+from attncompiler.errors import AttnCompilerError
+
+FEWEST, BUDGET, SLOW = 3, 0.25, 5.0
+"""turns that a cell has at least; seconds after which it needs no more; seconds of one that is not asked for more"""
+APART = 0.05
+"""how far an output may be from ours, in the root mean square, to be of the same function: many times any rounding"""
+
+Result = TypeVar("Result")
+Way = Literal["forward", "both"]
+"""the forward alone, or forward and backward"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a cell has no time."""
+
+    kind: Literal["refused", "absent", "no memory", "too slow", "another function", "failed"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One contestant in one row."""
+
+    role: Literal["member", "peer"]
+    forward: Samples | Problem | None = None
+    both: Samples | Problem | None = None
+    """forward and backward; None in a row without backward"""
+    peak_bytes: int | None = None
+    """what forward and backward hold beside the inputs; the forward alone, where that is all that runs"""
+
+    def given(self, way: Way, taken: Samples | Problem) -> Cell:
+        """The cell with its time that way."""
+        return replace(self, forward=taken) if way == "forward" else replace(self, both=taken)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row's cells by contestant, and what was planned for it."""
+
+    row: Row
+    itemsize: int
+    """bytes of an element of q, k and v"""
+    pairs: int
+    """pairs of query and key that see each other, in all sequences, for one head"""
+    chain: tuple[str, ...]
+    """the kernels that would serve a call of this row, the planned one first"""
+    cells: dict[str, Cell] = field(default_factory=dict)
+    lost: str | None = None
+    """why the device can do no more, where that happened in this row"""
+
+    @property
+    def flops(self) -> int:
+        """Of the forward: two products for each pair. Forward and backward together are counted as 3.5 times that."""
+        return 4 * self.row.H * self.row.D * self.pairs
+
+    @property
+    def key_bytes(self) -> int:
+        """Of k and v, which is what a decoding step reads."""
+        row = self.row
+        return 2 * row.B * row.S * row.K * row.D * self.itemsize
+
+    @property
+    def plan(self) -> Cell | None:
+        """The cell of what `kernel="auto"` runs."""
+        return self.cells.get(AUTO) or (self.cells.get(self.chain[0]) if self.chain else None)
+
+
+def visible_pairs(row: Row) -> int:
+    """Pairs that see each other, by the mechanism's own account of the pattern."""
+    sees = mechanism().sees
+    assert sees is not None
+    if not row.backward:
+        return row.B * row.S
+    lengths = row.lengths or (row.T,) * row.B
+    return sum(round(sees(policy(row), length)[1] * length**2) for length in lengths)
+
+
+def measure(row: Row, contestants: Sequence[Contestant], clock: Clock, dtype: torch.dtype, repeats: int) -> Measured:
+    """The row's cells. At most `repeats` turns each, fewer where a turn takes long."""
+    taking = _Row(row, clock)
+    inputs = taking.attempt(lambda: Inputs(row, str(clock.device), dtype))
+    chain: tuple[str, ...] = ()
+    if isinstance(inputs, Problem):
+        for contestant in contestants:
+            taking.cells[contestant.name] = taking.without(contestant, inputs)
+    else:
+        chain = planned(inputs)
+        for contestant in contestants:
+            taking.warm(contestant, inputs)
+        if chain and not taking.ran(chain[0]):
+            # the planned kernel has one direction alone: what is run is a pair of kernels
+            taking.warm(member(AUTO), inputs)
+        taking.time(repeats)
+    return Measured(row, dtype.itemsize, visible_pairs(row), chain, taking.cells, taking.lost)
+
+
+class _Row:
+    """A row under way: what is warm, with an estimate of its seconds, and the cells as far as they are known."""
+
+    def __init__(self, row: Row, clock: Clock):
+        self.clock = clock
+        self.ways: tuple[Way, ...] = ("forward", "both") if row.backward else ("forward",)
+        self.cells: dict[str, Cell] = {}
+        self.works: dict[Way, dict[str, tuple[Work, float]]] = {way: {} for way in self.ways}
+        self.first: Tensor | None = None
+        self.lost: str | None = None
+
+    def ran(self, name: str) -> bool:
+        return all(name in works for works in self.works.values())
+
+    def without(self, contestant: Contestant, problem: Problem) -> Cell:
+        """The cell of a contestant that has no time either way."""
+        cell = Cell(contestant.role)
+        for way in self.ways:
+            cell = cell.given(way, problem)
+        return cell
+
+    def warm(self, contestant: Contestant, inputs: Inputs) -> None:
+        """Run a contestant some times each way, the last for an estimate; its output must be near the first one's."""
+        if self.lost:
+            return
+        name, cell = contestant.name, Cell(contestant.role)
+        call = self.attempt(partial(contestant.prepare, inputs))
+        if isinstance(call, Problem):
+            self.cells[name] = self.without(contestant, call)
+            return
+        taken = self.attempt(partial(self._forward, call, inputs))
+        if isinstance(taken, Problem):
+            self.cells[name] = self.without(contestant, taken)
+            return
+        seconds, peak = taken
+        self.works["forward"][name] = (call.forward, seconds)
+        cell = replace(cell, peak_bytes=peak)
+        if "both" in self.ways:
+            both = self.attempt(partial(self._both, call, seconds))
+            if isinstance(both, Problem):
+                cell = replace(cell, both=both)
+            else:
+                work, seconds, peak = both
+                self.works["both"][name] = (work, seconds)
+                cell = replace(cell, peak_bytes=peak)
+        self.cells[name] = cell
+
+    def _forward(self, call: Call, inputs: Inputs) -> tuple[float, int | None] | Problem:
+        out = call.ours(call.forward()).detach()
+        if inputs.row.layout == "padded":
+            out = out * inputs.real[:, :, None, None]
+        if self.first is None:
+            self.first = out
+        apart = float((out.float() - self.first.float()).norm() / self.first.float().norm())
+        if not apart < APART:
+            return Problem("another function", f"its output is {apart:.2g} of ours away from it")
+        peak = self.clock.peak(call.forward)
+        return self.clock.once(call.forward), peak
+
+    def _both(self, call: Call, forward: float) -> tuple[Work, float, int | None] | Problem:
+        if forward > SLOW:
+            return Problem("too slow", f"its forward took {forward:.1f} s")
+        work = call.both()
+        work()
+        peak = self.clock.peak(work)
+        return work, self.clock.once(work), peak
+
+    def time(self, repeats: int) -> None:
+        """Time what is warm, in turns, forward first; every other turn runs backwards."""
+        for way, works in self.works.items():
+            wanted = {name: _turns(estimate, repeats) for name, (_, estimate) in works.items()}
+            taken: dict[str, list[float]] = {name: [] for name in works}
+            most = max(wanted.values(), default=0)
+            for turn in range(most):
+                due = [name for name in taken if _due(turn, wanted[name], most)]
+                self._turn(way, due[:: -1 if turn % 2 else 1], taken)
+            for name, seconds in taken.items():
+                samples = Samples(tuple(seconds) or (works[name][1],))
+                self.cells[name] = self.cells[name].given(way, samples)
+
+    def _turn(self, way: Way, names: Sequence[str], taken: dict[str, list[float]]) -> None:
+        """One turn; who fails in it is not timed any more."""
+        reads: dict[str, Callable[[], float]] = {}
+        for name in names:
+            if self.lost:
+                return
+            read = self.attempt(partial(self.clock.turn, self.works[way][name][0]))
+            if isinstance(read, Problem):
+                del taken[name]
+                self.cells[name] = self.cells[name].given(way, read)
+            else:
+                reads[name] = read
+        if not isinstance(self.attempt(self.clock.wait), Problem):
+            for name, read in reads.items():
+                taken[name].append(read())
+
+    def attempt(self, what: Callable[[], Result | Problem]) -> Result | Problem:
+        """What it gives, or why it does not."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says of every fused kernel that is refused why, several times
+                return what()
+        except Exception as error:  # noqa: BLE001 what a peer may raise is not known; it is shown
+            problem = _problem(error)
+        # outside the handler, whose traceback holds what the failed call had made
+        if problem.kind != "absent":
+            self.lost = self.lost or self.clock.lost()
+        if not self.lost:
+            self.clock.free()
+        return problem
+
+
+def _problem(error: Exception) -> Problem:
+    """In a word and a line."""
+    said = str(error).strip().partition("\n")[0]
+    if isinstance(error, Absent):
+        return Problem("absent", said)
+    if isinstance(error, torch.OutOfMemoryError):
+        return Problem("no memory", said)
+    if isinstance(error, AttnCompilerError):
+        message = error.diagnostics[0].message
+        return Problem("refused", re.sub(r"^no kernel could run .*? on \w+: \w+: ", "", message))
+    if "No available kernel" in said:
+        return Problem("refused", "torch offers no such kernel for this call")
+    return Problem("failed", f"{type(error).__name__}: {said[:200]}")
+
+
+def _turns(estimate: float, repeats: int) -> int:
+    """How many turns a cell has: none more where one takes very long."""
+    return 0 if estimate > SLOW else min(repeats, max(FEWEST, int(BUDGET / estimate)))
+
+
+def _due(turn: int, count: int, most: int) -> bool:
+    """Whether one who has `count` of `most` turns takes part in this one, spread evenly."""
+    return (turn + 1) * count // most != turn * count // most

@@ -1,0 +1,87 @@
+"""Time on the device that does the work, with cold caches, and what its memory holds beside the inputs."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from attncompiler.bench.measure import Samples, Work
+
+FLUSH_BYTES = 2**28
+"""more than any last-level cache holds: what is written between two turns, so that no turn finds the last one's data"""
+
+
+class Clock:
+    """Times work on one device: CUDA devices by their own events, the CPU by the process's clock."""
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device) if self.cuda else None
+
+    def turn(self, work: Work) -> Callable[[], float]:
+        """Do the work once; what is returned gives its seconds, once `wait` has been called."""
+        if self._flush is None:
+            begun = time.perf_counter()
+            work()
+            taken = time.perf_counter() - begun
+            return lambda: taken
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()  # also keeps the device busy while the host prepares the work
+        start.record()
+        work()
+        end.record()
+        return lambda: start.elapsed_time(end) / 1e3
+
+    def once(self, work: Work) -> float:
+        """Seconds of one turn."""
+        read = self.turn(work)
+        self.wait()
+        return read()
+
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def peak(self, work: Work) -> int | None:
+        """Bytes that the work holds at most beside what was held before it; None on a CPU, which keeps no account."""
+        if not self.cuda:
+            work()
+            return None
+        self.wait()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        work()
+        self.wait()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def free(self) -> None:
+        """Give back what nothing refers to any more."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def lost(self) -> str | None:
+        """Why the device can do no more work in this process, in words; None while it can."""
+        try:
+            self.wait()
+        except RuntimeError as error:
+            return str(error).partition("\n")[0]
+        return None
+
+    def copy_rate(self) -> float:
+        """Bytes a second that a copy on the device reads and writes, by the median of some turns."""
+        size = 2**30 if self.cuda else 2**27
+        there, here = (torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2))
+        here.fill_(1)
+
+        def copy() -> Any:
+            return there.copy_(here)
+
+        self.once(copy)
+        return 2 * size / Samples(tuple(self.once(copy) for _ in range(9))).median

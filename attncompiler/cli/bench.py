@@ -1,0 +1,150 @@
+"""`attncompiler bench`: kernels of this machine, timed beside one another and beside their peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import StrEnum
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attncompiler.cli import output
+from attncompiler.cli.failures import Verb
+from attncompiler.cli.options import AsFormat, Device, Format
+
+if TYPE_CHECKING:
+    from attncompiler.bench.attention.grid import Measured
+    from attncompiler.bench.attention.report import Table
+    from attncompiler.bench.attention.rows import Row
+    from attncompiler.targets.target import Target
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+class DType(StrEnum):
+    """Dtypes that are measured."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.callback()
+def bench() -> None:
+    """Time a mechanism's kernels on this machine, and its peers'; keep what they took, for plans to follow."""
+
+
+@app.command("attention", cls=Verb)
+def attention(
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="a group of rows, or a row, or either with wildcards; default: all"),
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="also time torch's, cuDNN's and flash-attn's kernels")] = False,
+    save: Annotated[bool, typer.Option("--save", help="put the times into this device's measured table")] = False,
+    tables: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="where --save keeps tables; default: your own, which plans follow"),
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[DType | None, typer.Option(help="default: bfloat16 on a GPU, float32 on a CPU")] = None,
+    repeats: Annotated[int, typer.Option(min=1, max=10**6, help="turns of each kernel, at most")] = 60,
+    format: AsFormat = Format.text,
+) -> None:
+    """Time every kernel of attention's chain, the planned one and its peers, row by row, in turns."""
+    import torch
+
+    from attncompiler import measured
+    from attncompiler.bench.attention import keep, report, run
+    from attncompiler.bench.attention.rows import select
+    from attncompiler.bench.device import Clock
+    from attncompiler.errors import KernelError, UsageError, fail
+
+    if tables is not None and not save:
+        raise fail(UsageError, "E602", "--tables says where --save keeps what was measured: give both")
+    target = _target(device)
+    kind = target.device_type
+    chosen = select(run.rows(kind), rows or ())
+    named = dtype.value if dtype is not None else run.DTYPES[kind]
+    clock, facts = Clock(device or kind), run.run_facts(target)
+    decodes = any(not row.backward for row in chosen)
+    copy_rate = clock.copy_rate() if decodes else None
+    if format == "text":
+        versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+        output.line(f"{facts.device} ({target.name}), {named}, {facts.date}; {versions}")
+    taken: list[Measured] = []
+    saved: Path | None = None
+    with output.progress("measuring") as stage:
+        found = run.results(chosen, clock, getattr(torch, named), repeats, against_peers=peers)
+        for group, results in groupby(_staged(found, chosen, stage), key=lambda result: result.row.group):
+            held: list[Measured] = []
+            for result in results:
+                held.append(result)
+                if save:
+                    saved = measured.save(keep.entries([result], facts, named), target.name, tables)
+            taken += held
+            if format == "text":
+                decoding = not held[0].row.backward
+                _print(report.tables(group, held, copy_rate if decoding else None))
+    if format == "json":
+        about = {"target": target.name, **facts.model_dump(), "dtype": named, "repeats": repeats}
+        data = [report.as_data(result) for result in taken]
+        output.as_json({**about, "copy_bytes_per_second": copy_rate, "rows": data, "saved": saved and str(saved)})
+    else:
+        _summary(taken, saved)
+    lost = next((result.lost for result in taken if result.lost), None)
+    if lost is not None:
+        raise fail(KernelError, "E504", f"{taken[-1].row.id}: {lost}", remedy="name the rows after it with --rows")
+
+
+def _target(device: str | None) -> Target:
+    """The device to measure on, made torch's current one. Raises SpecError (E107) where it is not there."""
+    import torch
+
+    from attncompiler.targets import unknown
+    from attncompiler.targets.detect import detect_target
+
+    kind, _, index = (device or "").partition(":")
+    found = detect_target(kind or None)
+    if not index:
+        return found
+    if int(index) >= torch.cuda.device_count():
+        raise unknown(f"torch sees no device {device!r} on this machine")
+    torch.cuda.set_device(int(index))
+    return detect_target(kind)
+
+
+def _staged(found: Iterable[Measured], chosen: Sequence[Row], stage: Callable[[str], None]) -> Iterator[Measured]:
+    """The results, with the row that is under way named before it is."""
+    results = iter(found)
+    for number, row in enumerate(chosen, 1):
+        stage(f"{row.id}, {number} of {len(chosen)}")
+        result = next(results, None)
+        if result is None:
+            return
+        yield result
+
+
+def _print(tables: Iterable[Table]) -> None:
+    for table in tables:
+        output.line()
+        if table.title:
+            output.line(table.title)
+            output.line()
+        output.table(table.columns, table.rows, right=table.right)
+
+
+def _summary(taken: Sequence[Measured], saved: Path | None) -> None:
+    """Which rows are planned for less than the best member's speed, and where the times were kept."""
+    from attncompiler.bench.attention import report
+
+    output.line()
+    short = [f"{result.row.id} ({', '.join(report.short_of(result))})" for result in taken if report.short_of(result)]
+    if short:
+        output.line(f"! planned for less than {report.NEAR:.0%} of the best member's speed: {'; '.join(short)}")
+    else:
+        output.line(f"every planned kernel has at least {report.NEAR:.0%} of the best member's speed")
+    if saved is not None:
+        output.line(f"saved to {saved}, which is read when a process first plans")

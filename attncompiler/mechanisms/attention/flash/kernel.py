@@ -1,0 +1,160 @@
+"""Which programs run for a call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+
+from attncompiler.mechanisms.attention import sinks
+from attncompiler.mechanisms.attention.flash import hopper
+from attncompiler.mechanisms.attention.flash.backward import delta_kernel, gather_kernel, spread_kernel
+from attncompiler.mechanisms.attention.flash.forward import attend_kernel, merge_kernel
+from attncompiler.mechanisms.attention.flash.launch import (
+    CACHE,
+    Blocks,
+    Device,
+    blocks_for,
+    device_of,
+    padded,
+    precision,
+    scoring_of,
+    sizes_of,
+    strided,
+    widths,
+)
+from attncompiler.mechanisms.attention.flash.sight import Sight
+from attncompiler.mechanisms.attention.op import AttentionOptions
+from attncompiler.runtime.implementation import Tensors
+
+FEW_ROWS = 64
+"""Rows of a token's heads and few tokens, as in decoding, that are packed into one tile."""
+WAVES = 8
+"""Programs for each multiprocessor that a decode's keys are split among at least, where there are keys enough."""
+
+
+def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tensor]:
+    """q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) → out (B, T, H, V), lse (B, H, T)."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    sizes, device = sizes_of(inputs), device_of(q.device)
+    if hopper.serves(device, inputs, options, FEW_ROWS):
+        return hopper.forward(device, inputs, options)
+    out = q.new_empty(sizes.B, sizes.T, sizes.H, v.shape[-1])
+    lse = q.new_empty(sizes.B, sizes.H, sizes.T, dtype=torch.float32)
+    sight, group = Sight.of(inputs, options), sizes.H // sizes.K
+    V = v.shape[-1]
+    wide, wide_v = padded(q.shape[-1]), padded(V)
+    blocks = blocks_for(device, q.dtype, wide, wide + wide_v, wide_v)
+    packed = triton.next_power_of_2(group)
+    splits = 1
+    if sizes.T * packed <= FEW_ROWS:
+        blocks = Blocks(max(16, triton.next_power_of_2(sizes.T) * packed), blocks.met, 4, blocks.num_stages)
+        splits = _splits(sizes.B * sizes.K, sizes.S, blocks, device)
+    else:
+        packed = 1
+    heads = sizes.B * (sizes.H if packed == 1 else sizes.K)
+    at_once = min(heads, max(1, CACHE // (sizes.S * (q.shape[-1] + V) * q.element_size())))
+    into, into_lse = out, lse
+    if splits > 1:
+        into = q.new_empty(splits, *out.shape, dtype=torch.float32)
+        into_lse = lse.new_empty(splits, *lse.shape)
+    tokens = blocks.own // packed
+    grid = (triton.cdiv(sizes.T, tokens) * heads, splits)
+    attend_kernel[grid](
+        strided(q),
+        strided(k),
+        strided(v),
+        into,
+        into_lse,
+        inputs.get("sinks") if splits == 1 else None,
+        sight.keys(tokens, blocks.met),
+        sight.rows,
+        sight.columns,
+        sight.window,
+        scoring_of(inputs, options),
+        *sizes,
+        at_once,
+        CAUSAL=sight.causal,
+        DRAWS=sight.draws,
+        RAGGED=sight.listed and sizes.S % blocks.met != 0,
+        SPLITS=splits,
+        GROUP=group,
+        PACKED=packed,
+        BLOCK_M=blocks.own,
+        BLOCK_N=blocks.met,
+        PRECISION=precision(q.dtype),
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        **widths(inputs),
+    )
+    if splits > 1:
+        merge_kernel[(sizes.T, sizes.H, sizes.B)](
+            into,
+            into_lse,
+            out,
+            lse,
+            inputs.get("sinks"),
+            *sizes,
+            SPLITS=splits,
+            BLOCK_SPLITS=triton.next_power_of_2(splits),
+            V=V,
+            BLOCK_V=wide_v,
+        )
+    return {"out": out, "lse": lse}
+
+
+def _splits(programs: int, keys: int, blocks: Blocks, device: Device) -> int:
+    """Among how many programs the keys of one tile of queries are split: none of them has less than a few tiles."""
+    wanted = math.ceil(WAVES * device.multiprocessors / programs)
+    return max(1, min(wanted, keys // (4 * blocks.met), 64))
+
+
+def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tensor]:
+    """The gradients of q, k, v and sinks, from the probabilities that the lse gives back."""
+    q, k, v, dout, lse = inputs["q"], inputs["k"], inputs["v"], grads["out"], outputs["lse"]
+    sizes, device = sizes_of(inputs), device_of(q.device)
+    sight, group = Sight.of(inputs, options), sizes.H // sizes.K
+    V = v.shape[-1]
+    wide, wide_v = padded(q.shape[-1]), padded(V)
+    delta = torch.empty_like(lse)
+    rows = 32
+    delta_kernel[(triton.cdiv(sizes.T, rows), sizes.B * sizes.H)](
+        strided(dout), strided(outputs["out"]), delta, *sizes, V=V, BLOCK_M=rows, BLOCK_V=wide_v
+    )
+    found = {name: torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in "qkv"}
+    blocks = blocks_for(device, q.dtype, wide + wide_v, wide + wide_v, wide + wide_v)
+    tensors = (strided(q), strided(k), strided(v), strided(dout), lse, delta)
+    rest = (sight.rows, sight.columns, sight.window, scoring_of(inputs, options), *sizes)
+    shared = {
+        "CAUSAL": sight.causal,
+        "DRAWS": sight.draws,
+        "GROUP": group,
+        "PRECISION": precision(q.dtype),
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+        **widths(inputs),
+    }
+    gather_kernel[(triton.cdiv(sizes.S, blocks.own) * sizes.B * sizes.K,)](
+        *tensors,
+        found["k"],
+        found["v"],
+        sight.queries(blocks.own, blocks.met),
+        *rest,
+        BLOCK_M=blocks.met,
+        BLOCK_N=blocks.own,
+        **shared,
+    )
+    spread_kernel[(triton.cdiv(sizes.T, blocks.own) * sizes.B * sizes.H,)](
+        *tensors,
+        found["q"],
+        sight.keys(blocks.own, blocks.met),
+        *rest,
+        RAGGED=sight.listed and sizes.S % blocks.met != 0,
+        BLOCK_M=blocks.own,
+        BLOCK_N=blocks.met,
+        **shared,
+    )
+    if "sinks" in inputs:
+        found["sinks"] = sinks.gradient_of(inputs["sinks"], lse, delta)
+    return found

@@ -1,0 +1,138 @@
+"""Launches: block shapes that fit the device, and the arguments that all kernels share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attncompiler.mechanisms.attention.dropout import BITS
+from attncompiler.mechanisms.attention.flash.forward import Sizes
+from attncompiler.mechanisms.attention.flash.scores import Scoring
+from attncompiler.mechanisms.attention.flash.visible import Strided
+from attncompiler.mechanisms.attention.op import AttentionOptions
+from attncompiler.runtime.implementation import Tensors
+
+CACHE = 2**25
+"""bytes of keys and values that programs beside each other may read, so that they stay in the second-level cache"""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What block shapes and splits depend on."""
+
+    shared_memory: int
+    """bytes a program may have"""
+    multiprocessors: int
+    capability: tuple[int, int] = (0, 0)
+    """compute capability; of no GPU, none"""
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """The facts of a device. Where the kernels are interpreted there is none, and small numbers serve."""
+    if device.type != "cuda":
+        return Device(2**16, 4)
+    seen = torch.cuda.get_device_properties(device)
+    shared_memory = seen.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Device(shared_memory, seen.multi_processor_count, (seen.major, seen.minor))
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The shape of a kernel's tiles, and how it is compiled.
+
+    `own` tokens are a program's own, queries or keys, and it meets those of the other side `met` at a time.
+    """
+
+    own: int
+    met: int
+    num_warps: int
+    num_stages: int
+
+    def shared_memory(self, own_width: int, met_width: int, itemsize: int) -> int:
+        """Bytes of the operands, the tiles that are met once for each stage."""
+        return (self.own * own_width + self.num_stages * self.met * met_width) * itemsize
+
+    def registers(self, sums_width: int) -> int:
+        """Registers of a thread that hold sums and the scores of a tile."""
+        return self.own * (sums_width + self.met) // (32 * self.num_warps)
+
+    def products(self, width: int) -> int:
+        """Multiplications of a thread for one matrix product of two tiles."""
+        return self.own * self.met * width // (32 * self.num_warps)
+
+
+MATRIX_UNITS = (
+    Blocks(128, 64, 8, 3),
+    Blocks(128, 64, 8, 2),
+    Blocks(128, 32, 8, 2),
+    Blocks(64, 64, 4, 2),
+    Blocks(64, 32, 4, 2),
+    Blocks(64, 32, 8, 2),
+    Blocks(32, 32, 4, 2),
+    Blocks(16, 16, 4, 1),
+)
+"""Shapes for 16-bit operands, best first."""
+VECTOR_UNITS = (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1))
+"""Shapes for fp32, which is multiplied number by number."""
+MOST_REGISTERS = 150
+"""of 255, for sums and scores"""
+MOST_PRODUCTS = 512
+"""Multiplications that are written out one by one, where matrix units do not do them."""
+
+
+def blocks_for(device: Device, dtype: torch.dtype, own_width: int, met_width: int, sums_width: int) -> Blocks:
+    """The best shape that a device has room for, by how wide a program's own operands, those it meets and its sums
+    are."""
+    exact = dtype == torch.float32
+    for blocks in VECTOR_UNITS if exact else MATRIX_UNITS:
+        if exact and blocks.products(met_width // 2) > MOST_PRODUCTS:
+            continue
+        room = blocks.shared_memory(own_width, met_width, dtype.itemsize) <= device.shared_memory
+        if room and blocks.registers(sums_width) <= MOST_REGISTERS:
+            return blocks
+    return blocks
+
+
+def padded(width: int) -> int:
+    """A head's width as a tile has it: a power of two, of at least what matrix units multiply."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def strided(tensor: Tensor) -> Strided:
+    """(B, T, H, D) as the kernels take it: a copy only where the last axis is not contiguous."""
+    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return Strided(tensor, *tensor.stride()[:3])
+
+
+def sizes_of(inputs: Tensors) -> Sizes:
+    (B, T, H, _), (S, K) = inputs["q"].shape, inputs["k"].shape[1:3]
+    return Sizes(B, T, S, H, K)
+
+
+def scoring_of(inputs: Tensors, options: AttentionOptions) -> Scoring:
+    share = options.dropout
+    return Scoring(
+        options.softmax_scale(inputs["q"].shape[-1]),
+        options.softcap,
+        inputs.get("alibi_slopes"),
+        inputs.get("dropout_seed") if share else None,
+        round(share * 2**BITS) if share else None,
+        1 / (1 - share) if share else None,
+    )
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 is multiplied: exactly, or, where torch is told so for its own products, in tf32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def widths(inputs: Tensors) -> dict[str, Any]:
+    """The arguments that say how wide heads and tiles are."""
+    D, V = inputs["q"].shape[-1], inputs["v"].shape[-1]
+    return {"D": D, "V": V, "BLOCK_D": padded(D), "BLOCK_V": padded(V)}

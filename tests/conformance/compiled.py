@@ -1,0 +1,125 @@
+"""Compiles the built-in kernels for GPUs that are not there, and prints what each needs of its device, as JSON.
+
+Run in a process of its own: under Triton's interpreter nothing is compiled.
+
+    python tests/conformance/compiled.py CAPABILITY SHARED_MEMORY
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from attncompiler.mechanisms.attention.flash import kernel, launch
+from attncompiler.mechanisms.attention.op import AttentionOptions
+from attncompiler.mechanisms.attention.pattern import Causal, Random, SlidingWindow
+
+
+class NoDevice:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(found: list[Any]) -> Iterator[None]:
+    """Launches only compile meanwhile, and leave what was compiled in `found`."""
+    run = JITFunction.run
+
+    def compiled(self: JITFunction, *args: Any, **options: Any) -> None:
+        found.append((self.__name__, run(self, *args, **{**options, "warmup": True})))
+
+    JITFunction.run = compiled
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack of a thread, read from the binary; a stack holds what registers do not."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = [str(triton.knobs.nvidia.cuobjdump.path), "--dump-resource-usage", file.name]
+        text = subprocess.run(tool, check=True, capture_output=True, text=True).stdout
+    return {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
+    """One call of every way through the kernels, at every width and dtype, each of few tokens."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for width in (64, 128, 256):
+            yield call(dtype, width, 256, Causal())
+        yield call(dtype, 128, 1, Causal())
+    yield call(torch.float16, 32, 256, Causal())
+    for pattern in (SlidingWindow(window=100, global_tokens=3), Random(block_size=16, random_blocks=2, causal=False)):
+        yield call(torch.bfloat16, 128, 256, pattern)
+    everything = call(torch.bfloat16, 128, 256, Causal())
+    tensors = everything[0] | {
+        "segment_ids": torch.zeros(1, 256, dtype=torch.int64),
+        "attention_mask": torch.ones(1, 256, dtype=torch.bool),
+        "alibi_slopes": torch.rand(4),
+        "sinks": torch.rand(4),
+        "dropout_seed": torch.zeros(1, dtype=torch.int64),
+    }
+    yield tensors, AttentionOptions(softcap=30.0, dropout=0.1)
+
+
+def call(dtype: torch.dtype, width: int, T: int, pattern: Any) -> tuple[dict[str, torch.Tensor], AttentionOptions]:
+    tensors = {"q": torch.zeros(1, T, 4, width, dtype=dtype)}
+    tensors |= {name: torch.zeros(1, 256, 2, width, dtype=dtype) for name in "kv"}
+    return tensors, AttentionOptions(pattern=pattern)
+
+
+def main(capability: int, shared_memory: int) -> None:
+    triton.runtime.driver.set_active(NoDevice(capability))
+    kernel.device_of = lambda device: launch.Device(shared_memory, 132)
+    rows = []
+    for tensors, options in calls():
+        found: list[Any] = []
+        with compiling(found):
+            outputs = kernel.forward(tensors, options)
+            if tensors["q"].shape[1] > 1:
+                kernel.backward({"out": outputs["out"]}, tensors, outputs, options)
+        for name, made in found:
+            rows.append(
+                {
+                    "kernel": name,
+                    "dtype": str(tensors["q"].dtype).removeprefix("torch."),
+                    "width": tensors["q"].shape[-1],
+                    "tokens": tensors["q"].shape[1],
+                    "pattern": options.pattern.kind,
+                    "options": sorted(tensors.keys() - {"q", "k", "v"}),
+                    "shared": made.metadata.shared,
+                    "tf32": ".tf32" in made.asm["ptx"],
+                    "wgmma": "wgmma" in made.asm["ptx"],
+                    **resources(made.asm["cubin"]),
+                }
+            )
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
