@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from attncompiler.mechanisms.base import Kernel, Mechanism, discover, load_entry
 from attncompiler.mechanisms.case import Case, Cases
 from attncompiler.runtime.operator import Operator
+from attncompiler.targets.detect import detect_environment
 from attncompiler.testing.conformance import dtypes_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,7 +72,11 @@ def _row(entry: dict[str, Any], names: list[str]) -> Any:
     slow = dtype == "float16" or (entry.get("widest") == "float32" and "float64" in entry["kernel"].needs.dtypes)
     label = "-".join(filter(None, (entry["mechanism"].name, entry["kernel"].name, dtype)))
     values = [DTYPES[entry[name]] if name in ("dtype", "widest") else entry[name] for name in names]
-    return pytest.param(*values, id=label, marks=[pytest.mark.slow] if slow else [])
+    marks = [pytest.mark.slow] if slow else []
+    missing = [name for name in entry["kernel"].needs.packages if name not in detect_environment().packages]
+    if missing:
+        marks.append(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
+    return pytest.param(*values, id=label, marks=marks)
 
 
 @pytest.fixture(params=[pytest.param(6, id="few"), pytest.param(60, id="many", marks=pytest.mark.slow)])

@@ -109,7 +109,8 @@ def test_each_refusal_is_a_sentence(name: str, tensors: dict[str, Any], options:
 def test_what_is_refused_of_one_is_served_by_another() -> None:
     for mask in MASKS.values():
         assert reasons("flex_attention", inputs_of(**mask)) == reasons("sdpa", inputs_of(**mask)) == []
-    assert reasons("flash_attention_4", inputs_of(T=30), pattern=WINDOW) == []
+    assert reasons("flash_attention_4", inputs_of(), pattern=WINDOW) == []
+    assert reasons("flash_attention_4", inputs_of(T=30)) == []
     assert reasons("sdpa", inputs_of(T=6000, S=6000), pattern=WINDOW) == [], "a band needs no mask on a GPU"
     assert reasons("sdpa", inputs_of(T=6000, S=6000), "cpu", pattern=WINDOW) != []
     assert reasons("flex_attention", inputs_of(T=30), scale=-1.0, softcap=3.0, deterministic=True) == []
@@ -253,6 +254,8 @@ def test_the_tiles_of_flex_attention_are_those_of_the_dense_mask(
     )
     block = create_block_mask(mask_mod, None, None, T, S, device="cpu")
     rows, columns = -(-T // flex.TILE), -(-S // flex.TILE)
+    for name in ("kv_indices", "q_indices"):
+        assert found[name].stride() == found[f"full_{name}"].stride(), "the kernel reads both by the strides of one"
     for prefix in ("", "full_"):
         ours = dense(found[f"{prefix}kv_num_blocks"], found[f"{prefix}kv_indices"], columns)
         theirs = dense(getattr(block, f"{prefix}kv_num_blocks"), getattr(block, f"{prefix}kv_indices"), columns)

@@ -51,7 +51,7 @@ def test_long_calls_are_within_the_budget_or_refused(
     long = LENGTHS if device.partition(":")[0] in kernel.needs.device_types else LENGTHS[:1]
     for lengths in (*long, *FEW_QUERIES):
         for masks in (False, True):
-            case = prepared(case_of(PATTERNS[number], lengths, 64, number % 2 == 1, masks), dtype, device)
+            case = prepared(case_of(PATTERNS[number], lengths, 32, number % 2 == 1, masks), dtype, device)
             if refusals_of(kernel, case):
                 assert kernel.name not in ("chunkwise", "eager")
                 continue

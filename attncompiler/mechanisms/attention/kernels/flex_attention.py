@@ -171,10 +171,12 @@ def _tiles(pattern: Pattern, layer: int, T: int, S: int, partial: bool, device: 
     whole = (full[0] < T // TILE) & (full[1] < S // TILE) & (not partial)
     some = torch.cat([some, full[:, ~whole]], 1)
     full = full[:, whole]
+    # the kernel reads the indices of full tiles by the strides of the partial ones: one width for both
+    widest = [max(int(x[axis].bincount().max()) if len(x[axis]) else 1 for x in (some, full)) for axis in (0, 1)]
     found = {}
     for name, (r, c) in {"": some, "full_": full}.items():
-        found[f"{name}kv_num_blocks"], found[f"{name}kv_indices"] = _listed(r, c, rows)
-        found[f"{name}q_num_blocks"], found[f"{name}q_indices"] = _listed(c, r, columns)
+        found[f"{name}kv_num_blocks"], found[f"{name}kv_indices"] = _listed(r, c, rows, widest[0])
+        found[f"{name}q_num_blocks"], found[f"{name}q_indices"] = _listed(c, r, columns, widest[1])
     return Tiles({name: tensor.to(device) for name, tensor in found.items()})
 
 
@@ -183,13 +185,13 @@ def _coordinates(tiles: TileList) -> Tensor:
     return torch.stack([tiles.rows(), tiles.indices.long()])
 
 
-def _listed(rows: Tensor, columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """How many columns each of `count` rows has, (1, 1, count), and which, in order, (1, 1, count, most of a row)."""
+def _listed(rows: Tensor, columns: Tensor, count: int, width: int) -> tuple[Tensor, Tensor]:
+    """How many columns each of `count` rows has, (1, 1, count), and which, in order, (1, 1, count, width)."""
     order = torch.argsort(rows * (int(columns.max()) + 1 if len(columns) else 1) + columns)
     rows, columns = rows[order], columns[order]
     number = rows.bincount(minlength=count)
     place = torch.arange(len(rows)) - (number.cumsum(0) - number)[rows]
-    indices = torch.zeros(count, max(1, int(number.max())), dtype=torch.int32)
+    indices = torch.zeros(count, width, dtype=torch.int32)
     indices[rows, place] = columns.int()
     return number.int()[None, None], indices[None, None]
 
