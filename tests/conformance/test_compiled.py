@@ -1,15 +1,8 @@
-"""The built-in kernels compile for every architecture they are meant for, within what it has, on machines without it."""
+"""The built-in kernels compile for every architecture they are meant for, within what it has."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 SCRIPT = Path(__file__).with_name("compiled.py")
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

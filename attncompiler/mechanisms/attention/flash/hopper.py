@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attncompiler.mechanisms.attention.flash import hopper_forward
+from attncompiler.mechanisms.attention import sinks
+from attncompiler.mechanisms.attention.flash import hopper_backward, hopper_forward
 from attncompiler.mechanisms.attention.flash.launch import Device
 from attncompiler.mechanisms.attention.flash.sight import Sight
 from attncompiler.mechanisms.attention.op import AttentionOptions
@@ -60,6 +61,37 @@ def forward(device: Device, inputs: Tensors, options: AttentionOptions) -> dict[
         multiprocessors=device.multiprocessors,
     )
     return {"out": out, "lse": lse}
+
+
+def serves_backward(device: Device, inputs: Tensors, options: AttentionOptions) -> bool:
+    """Whether the backward of a call is one that these kernels compute; they add up dq in any order."""
+    known = isinstance(options.pattern, (Full, Causal)) or (
+        isinstance(options.pattern, SlidingWindow) and options.pattern.causal
+    )
+    return known and not options.deterministic and options.softcap is None and serves(device, inputs, options, 0)
+
+
+def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
+    """As the operator's backward, for a call that `serves_backward` accepts."""
+    pattern, window, global_tokens = options.pattern, None, 0
+    if isinstance(pattern, SlidingWindow):
+        window, global_tokens = min(pattern.window, 2**30), min(pattern.global_tokens, 2**30)
+    dq, dk, dv, delta = hopper_backward.backward(
+        grads["out"],
+        inputs["q"],
+        inputs["k"],
+        inputs["v"],
+        outputs["out"],
+        outputs["lse"],
+        causal=pattern.causal,
+        window=window,
+        global_tokens=global_tokens,
+        scale=options.softmax_scale(inputs["q"].shape[-1]),
+    )
+    found = {"q": dq, "k": dk, "v": dv}
+    if "sinks" in inputs:
+        found["sinks"] = sinks.gradient_of(inputs["sinks"], outputs["lse"], delta)
+    return found
 
 
 def _listed(inputs: Tensors, options: AttentionOptions) -> hopper_forward.TileLists:

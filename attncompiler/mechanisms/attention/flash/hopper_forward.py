@@ -755,7 +755,7 @@ def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
     )
 
 
-def _mappable(x: torch.Tensor) -> torch.Tensor:
+def mappable(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy where the copy engine cannot read it in place."""
     steps = [stride for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
     aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps[:-1])
@@ -810,7 +810,7 @@ def forward(
         classes=lists is not None and lists.row_class is not None,
         half=causal and D == 128 and (S - T) % 128 == 0,
     )
-    q, k, v = _mappable(q), _mappable(k), _mappable(v)
+    q, k, v = mappable(q), mappable(k), mappable(v)
     rows, block = int(plan.rows), int(plan.block)
     row_blocks = triton.cdiv(T, rows)
     tiles = row_blocks * B * H

@@ -114,6 +114,8 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
     """The gradients of q, k, v and sinks, from the probabilities that the lse gives back."""
     q, k, v, dout, lse = inputs["q"], inputs["k"], inputs["v"], grads["out"], outputs["lse"]
     sizes, device = sizes_of(inputs), device_of(q.device)
+    if hopper.serves_backward(device, inputs, options):
+        return hopper.backward(grads, inputs, outputs, options)
     sight, group = Sight.of(inputs, options), sizes.H // sizes.K
     V = v.shape[-1]
     wide, wide_v = padded(q.shape[-1]), padded(V)

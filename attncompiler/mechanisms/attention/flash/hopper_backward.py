@@ -1,0 +1,441 @@
+"""Flash attention, backward, for Hopper GPUs: warp-specialised, in Triton's Gluon.
+
+A program owns 128 keys of one head. Its producer warp has the copy engine fetch the queries that see them, tile by tile
+and with the gradients of their outputs, into a ring in shared memory. Two consumer warpgroups hold 64 of the keys each,
+and compute scores transposed, keys by queries: so the weights Pᵀ and the gradients of the scores dSᵀ come out of one
+product in the registers from which the next takes them (dV += Pᵀ dO, dK += dSᵀ Q). Only dQ = dS K needs the dS of all
+128 keys, which the consumers exchange through shared memory. They compute it a step later, under the product of the
+next scores: each for 64 of its columns (D 128) or rows (D 64), and add it to what other programs found by atomic
+additions of four numbers at once. Those come in any order, so two runs differ in the last bits.
+
+Layout: q, out, dout (B, T, H, D); k, v (B, S, K, D); lse (B, H, T) in float32, natural logarithm, −∞ on rows that see
+nothing. Query t stands at position t + S − T.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from attncompiler.mechanisms.attention.flash.hopper_forward import mappable
+
+LOG2E = math.log2(math.e)
+KEYS = 128
+STAGES = 2
+FRAGMENT = tl.constexpr(64 * 64)
+"""Numbers of dQ that a warpgroup adds at once, in the order in which its threads hold them."""
+ADD_FOUR = tl.constexpr("red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
+
+
+@triton.jit
+def _prepare(
+    out, dout, lse, stats, sums, T, T_padded, out_b, out_t, out_h, dout_b, dout_t, dout_h, H,
+    D: tl.constexpr, BM: tl.constexpr, LOG2E: tl.constexpr,
+):  # fmt: skip
+    """For each tile of queries the lse in base 2, +∞ where a row sees nothing, then the sums of dout · out; and zeros
+    for the sums of dQ."""
+    tile, both = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = both // H, both % H
+    rows, columns = tile * BM + tl.arange(0, BM), tl.arange(0, D)
+    there = rows < T
+    at = out + b * out_b + rows.to(tl.int64)[:, None] * out_t + h * out_h + columns[None, :]
+    o = tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
+    at = dout + b * dout_b + rows.to(tl.int64)[:, None] * dout_t + h * dout_h + columns[None, :]
+    g = tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
+    logarithm = tl.load(lse + both * T + rows, mask=there, other=float("-inf"))
+    logarithm = tl.where(logarithm == float("-inf"), float("inf"), logarithm * LOG2E)
+    at = stats + (both * (T_padded // BM) + tile) * (2 * BM) + tl.arange(0, BM)
+    tl.store(at, logarithm)
+    tl.store(at + BM, tl.sum(o * g, 1))
+    tl.store(sums + (both * T_padded + tile * BM) * D + tl.arange(0, BM * D), tl.zeros([BM * D], tl.float32))
+
+
+@triton.jit
+def _finish(sums, dq, T, T_padded, H, scale, D: tl.constexpr, BM: tl.constexpr):
+    """The sums of dQ in their own order, scaled and rounded: one fragment of a tile of queries."""
+    tile, both, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    fragment = tl.load(sums + (both * T_padded + tile * BM) * D + part * FRAGMENT + tl.arange(0, FRAGMENT)) * scale
+    x = tl.reshape(fragment, [8, 4, 8, 4, 2, 2])  # column octet, warp, row, lane in quad, row half, column of a pair
+    x = tl.reshape(tl.permute(x, [1, 4, 2, 0, 3, 5]), [64, 64])
+    row = tile * BM
+    column = 0
+    if D == 128:
+        column = part * 64
+    else:
+        row += part * 64
+    rows = row + tl.arange(0, 64)
+    at = dq + ((both // H * T + rows[:, None]) * H + both % H) * D + column + tl.arange(0, 64)[None, :]
+    tl.store(at, x.to(dq.dtype.element_ty), mask=(rows < T)[:, None])
+
+
+# --- which queries ---------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _place(sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr):
+    """The program's sequence, its head of keys, its first key; and, by tile, the first and last queries that see it."""
+    T, S, H, K, tiles, window, tokens = sizes
+    first = gl.program_id(0) % tiles * 128
+    both = gl.program_id(0) // tiles
+    before = S - T
+    low = 0
+    high = (T + BM - 1) // BM
+    if CAUSAL:
+        low = gl.minimum(gl.maximum(first - before, 0) // BM, high)
+    if WINDOW:
+        near = gl.minimum((gl.maximum(first + 127 + window - before, 0) + BM - 1) // BM, high)
+        if GLOBALS:
+            near = gl.where(first < tokens, high, near)
+        high = gl.maximum(near, low)
+    return both // K, both % K, first, low, high
+
+
+@gluon.jit
+def _hidden(
+    s, keys, first, position, sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr
+):
+    """Scores of 64 keys and the queries from `position` on, −∞ where a query does not see a key."""
+    T, S, H, K, tiles, window, tokens = sizes
+    if CAUSAL:
+        mixed = position < first + 127
+        if WINDOW:
+            mixed = mixed | (position + BM - 1 >= first + window)
+        if mixed:
+            at = (position + gl.arange(0, BM, layout=gl.SliceLayout(0, s.type.layout)))[None, :]
+            seen = keys[:, None] <= at
+            if WINDOW:
+                near = at - keys[:, None] < window
+                if GLOBALS:
+                    near = near | (keys < tokens)[:, None]
+                seen = seen & near
+            s = gl.where(seen, s, float("-inf"))
+    else:
+        if first + 128 > S:
+            s = gl.where((keys < S)[:, None], s, float("-inf"))
+    return s
+
+
+# --- the producer ----------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _producer(
+    descriptors, memory, barriers, sizes,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    q_desc, k_desc, v_desc, do_desc, stats_desc = descriptors[:5]
+    q_sm, k_sm, v_sm, do_sm, st_sm = memory[:5]
+    q_full, q_empty, do_full, do_empty, kv_full, ds_full = barriers
+    T, S, H, K, tiles, window, tokens = sizes
+    b, kv_head, first, low, high = _place(sizes, CAUSAL, WINDOW, GLOBALS, BM)
+    group = H // K
+    query_tiles = (T + BM - 1) // BM
+    mbarrier.expect(kv_full, 4 * 64 * D * 2)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(k_desc, [b, first + half * 64, kv_head, 0], kv_full, k_sm.index(half))
+        tma.async_copy_global_to_shared(v_desc, [b, first + half * 64, kv_head, 0], kv_full, v_sm.index(half))
+    j = 0
+    for member in range(group):
+        head = kv_head * group + member
+        for i in range(low, high):
+            stage = j % STAGES
+            phase = ((j // STAGES) & 1) ^ 1
+            mbarrier.wait(q_empty.index(stage), phase)
+            mbarrier.expect(q_full.index(stage), BM * D * 2 + 2 * BM * 4)
+            tma.async_copy_global_to_shared(q_desc, [b, i * BM, head, 0], q_full.index(stage), q_sm.index(stage))
+            number = (b * H + head) * query_tiles + i
+            tma.async_copy_global_to_shared(stats_desc, [number * 2, 0], q_full.index(stage), st_sm.index(stage))
+            mbarrier.wait(do_empty.index(stage), phase)
+            mbarrier.expect(do_full.index(stage), BM * D * 2)
+            tma.async_copy_global_to_shared(do_desc, [b, i * BM, head, 0], do_full.index(stage), do_sm.index(stage))
+            j += 1
+
+
+# --- the consumers ---------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _dq(j, there, k_own, k_other, zero, ds_sm, ds_full, WHICH: gl.constexpr, BM: gl.constexpr):
+    """Issue this consumer's part of dQ = dS K of step j, its own 64 keys first; `there` is false where no step was."""
+    buffer = j & 1
+    ds_own = ds_sm.index(buffer * 2 + WHICH)
+    ds_other = ds_sm.index(buffer * 2 + 1 - WHICH)
+    if BM == 128:
+        ds_own = ds_own.slice(WHICH * 64, 64, dim=1)
+        ds_other = ds_other.slice(WHICH * 64, 64, dim=1)
+    dq = warpgroup_mma(ds_own.permute([1, 0]), k_own, zero, use_acc=False, is_async=True)
+    mbarrier.wait(ds_full.index(buffer * 2 + 1 - WHICH), (j // 2) & 1, pred=there)
+    return warpgroup_mma(ds_other.permute([1, 0]), k_other, dq, is_async=True)
+
+
+@gluon.jit
+def _add(dq, sums, number):
+    """Add a fragment to the sums, each thread the numbers it holds, four by four: in an order of its own, which lets
+    the threads of a warp write to neighbouring places."""
+    x = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([1024, 2, 2])
+    even, odd = gl.split(x)
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    at = sums + number.to(gl.int64) * FRAGMENT + gl.arange(0, 1024, layout=x0.type.layout) * 4
+    at = at.to(gl.int64, bitcast=True)
+    gl.inline_asm_elementwise(ADD_FOUR, "=r,l,f,f,f,f", [at, x0, x1, x2, x3], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _consumer(
+    descriptors, sums, memory, barriers, sizes, qk_scale, scale,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr,
+    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dk_desc, dv_desc = descriptors[5:]
+    q_sm, k_sm, v_sm, do_sm, st_sm, ds_sm = memory
+    q_full, q_empty, do_full, do_empty, kv_full, ds_full = barriers
+    T, S, H, K, tiles, window, tokens = sizes
+    dtype: gl.constexpr = q_sm.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+
+    b, kv_head, first, low, high = _place(sizes, CAUSAL, WINDOW, GLOBALS, BM)
+    group = H // K
+    query_tiles = (T + BM - 1) // BM
+    steps = (high - low) * group
+    keys = first + WHICH * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
+    dk = gl.zeros([64, D], gl.float32, kv_layout)
+    dv = gl.zeros([64, D], gl.float32, kv_layout)
+    zero_s = gl.zeros([64, BM], gl.float32, s_layout)
+    zero_q = gl.zeros([64, 64], gl.float32, dq_layout)
+    k_own = k_sm.index(WHICH).reshape([64, D])
+    v_own = v_sm.index(WHICH).reshape([64, D])
+    k_other = k_sm.index(1 - WHICH).reshape([64, D])
+    if D == 128:
+        k_for_own = k_own.slice(WHICH * 64, 64, dim=1)
+        k_for_other = k_other.slice(WHICH * 64, 64, dim=1)
+    else:
+        k_for_own = k_own
+        k_for_other = k_other
+
+    mbarrier.wait(kv_full, 0)
+    if steps > 0:
+        i = low
+        head = kv_head * group
+        number = ((b * H + head) * query_tiles + i) * 2 + WHICH
+        for j in range(steps):
+            stage = j % STAGES
+            phase = (j // STAGES) & 1
+            do = do_sm.index(stage).reshape([BM, D])
+            q = q_sm.index(stage).reshape([BM, D])
+            mbarrier.wait(q_full.index(stage), phase)
+            s = warpgroup_mma(k_own, q.permute([1, 0]), zero_s, use_acc=False, is_async=True)
+            # dQ of the step before; the first step's is of what memory held, and goes nowhere
+            dq = _dq(j - 1, j > 0, k_for_own, k_for_other, zero_q, ds_sm, ds_full, WHICH, BM)
+            stat = st_sm.index(stage)._reinterpret(gl.float32, [2, BM], plain)
+            s = warpgroup_mma_wait(2, deps=[s])
+            s = _hidden(s, keys, first, i * BM + S - T, sizes, CAUSAL, WINDOW, GLOBALS, BM)
+            lse = stat.index(0).load(row_layout)
+            p = gl.exp2(s * qk_scale - lse[None, :])
+            p_operand = gl.convert_layout(p.to(dtype), operand, assert_trivial=True)
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            if j > 0:
+                _add(dq, sums, number)
+            number = ((b * H + head) * query_tiles + i) * 2 + WHICH
+            mbarrier.wait(do_full.index(stage), phase)
+            dp = warpgroup_mma(v_own, do.permute([1, 0]), zero_s, use_acc=False, is_async=True)
+            dv = warpgroup_mma(p_operand, do, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=[dp])
+            delta = stat.index(1).load(row_layout)
+            ds = (p * (dp - delta[None, :])).to(dtype)
+            ds_operand = gl.convert_layout(ds, operand, assert_trivial=True)
+            dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+            ds_sm.index((j % 2) * 2 + WHICH).store(ds)
+            fence_async_shared()
+            mbarrier.arrive(ds_full.index((j % 2) * 2 + WHICH), count=1)
+            dk, dv, p_operand, ds_operand = warpgroup_mma_wait(0, deps=[dk, dv, p_operand, ds_operand])
+            mbarrier.arrive(q_empty.index(stage), count=1)
+            mbarrier.arrive(do_empty.index(stage), count=1)
+            i += 1
+            if i == high:
+                i = low
+                head += 1
+        dq = _dq(steps - 1, True, k_for_own, k_for_other, zero_q, ds_sm, ds_full, WHICH, BM)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        _add(dq, sums, number)
+    # the results leave through this consumer's values, which nobody reads any more
+    v_own.store(dv.to(dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(dv_desc, [b, first + WHICH * 64, kv_head, 0], v_sm.index(WHICH))
+    tma.store_wait(0)
+    gl.thread_barrier()
+    v_own.store((dk * scale).to(dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(dk_desc, [b, first + WHICH * 64, kv_head, 0], v_sm.index(WHICH))
+    tma.store_wait(0)
+
+
+# --- the kernel and its launch ---------------------------------------------------------------------------------------
+
+
+@gluon.jit(do_not_specialize=["T", "S", "H", "K", "tiles", "window", "tokens", "qk_scale", "scale"])
+def _backward(
+    q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc, sums, T, S, H, K, tiles, window, tokens, qk_scale,
+    scale, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
+    q_sm = gl.allocate_shared_memory(dtype, [STAGES, 1, BM, 1, D], q_desc.layout)
+    do_sm = gl.allocate_shared_memory(dtype, [STAGES, 1, BM, 1, D], do_desc.layout)
+    k_sm = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], k_desc.layout)
+    v_sm = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], v_desc.layout)
+    st_sm = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BM], stats_desc.layout)
+    ds_sm = gl.allocate_shared_memory(dtype, [4, 64, BM], gl.NVMMASharedLayout(128, 16, 2))
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    ds_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(do_empty.index(i), count=2)
+    for i in gl.static_range(4):
+        mbarrier.init(ds_full.index(i), count=1)
+    mbarrier.init(kv_full, count=1)
+    descriptors = (q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc)
+    memory = (q_sm, k_sm, v_sm, do_sm, st_sm, ds_sm)
+    barriers = (q_full, q_empty, do_full, do_empty, kv_full, ds_full)
+    sizes = (T, S, H, K, tiles, window, tokens)
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    descriptors,
+                    sums,
+                    memory,
+                    barriers,
+                    sizes,
+                    qk_scale,
+                    scale,
+                    CAUSAL,
+                    WINDOW,
+                    GLOBALS,
+                    BM,
+                    0,
+                    D,
+                    STAGES,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    descriptors,
+                    sums,
+                    memory,
+                    barriers,
+                    sizes,
+                    qk_scale,
+                    scale,
+                    CAUSAL,
+                    WINDOW,
+                    GLOBALS,
+                    BM,
+                    1,
+                    D,
+                    STAGES,
+                ),
+            ),
+            (_producer, (descriptors, memory, barriers, sizes, CAUSAL, WINDOW, GLOBALS, BM, D, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    # the copy engine wants strides of whole 16 bytes, also where there is but one element to step over
+    strides = [stride if n > 1 else x.shape[-1] for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    block = [1, rows, 1, x.shape[-1]]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    causal: bool,
+    window: int | None = None,
+    global_tokens: int = 0,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv, and delta (B, H, T), the sums of dout · out, of bfloat16 or float16 and a D of 64 or 128.
+
+    window and global_tokens need causal: row i then sees key j if j <= i and (i - j < window or j < global_tokens).
+    """
+    B, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    rows = 64 if D == 128 else 128
+    query_tiles, key_tiles = triton.cdiv(T, rows), triton.cdiv(S, KEYS)
+    stats = lse.new_empty(B * H * query_tiles * 2, rows)
+    sums = lse.new_empty(B * H * query_tiles * rows * D)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    q, k, v, dout = mappable(q), mappable(k), mappable(v), mappable(dout)
+    padded = query_tiles * rows
+    _prepare[(query_tiles, B * H)](
+        out, dout, lse, stats, sums, T, padded, *out.stride()[:3], *dout.stride()[:3], H, D, rows, LOG2E
+    )
+    _backward[(key_tiles * B * K,)](
+        _describe(q, rows),
+        _describe(k, 64),
+        _describe(v, 64),
+        _describe(dout, rows),
+        TensorDescriptor.from_tensor(stats, [2, rows], gl.NVMMASharedLayout(0, 32, 2)),
+        _describe(dk, 64),
+        _describe(dv, 64),
+        sums,
+        T,
+        S,
+        H,
+        K,
+        key_tiles,
+        window or 0,
+        global_tokens,
+        scale * LOG2E,
+        scale,
+        causal,
+        window is not None,
+        window is not None and global_tokens > 0,
+        rows,
+        D,
+        STAGES,
+        num_warps=4,
+    )
+    _finish[(query_tiles, B * H, rows * D // FRAGMENT.value)](sums, dq, T, padded, H, scale, D, rows)
+    delta = stats.view(B, H, query_tiles, 2, rows)[:, :, :, 1].flatten(2)[:, :, :T]
+    return dq, dk, dv, delta
