@@ -2,8 +2,52 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 SCRIPT = Path(__file__).with_name("compiled.py")
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """compute capability → bytes that a block may have (CUDA Programming Guide, December 2025, table 31)"""
+FAST = 80
+MOST_STACK = 512
+"""Bytes of a thread's numbers that may lie outside its registers."""
+
+
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(each, marks=[] if each == FAST else [pytest.mark.slow]) for each in SHARED_MEMORY],
+)
+def test_kernels_fit_an_architecture_that_is_not_here(capability: int) -> None:
+    """Shared memory within the limit, next to nothing spilled, and fp32 multiplied as fp32."""
+    for row in compiled(capability):
+        assert row["shared"] <= SHARED_MEMORY[capability], row
+        # fp32 heads of 256 have sums that no tile of 16 rows leaves room for
+        assert row["stack"] <= MOST_STACK or (row["dtype"] == "float32" and row["width"] > 128), row
+        assert not (row["dtype"] == "float32" and row["tf32"]), row
+
+
+@pytest.mark.slow
+def test_hopper_runs_its_own_kernels() -> None:
+    """Heads of 64 and 128 in 16 bits, by index and by lists; others run the kernels for every architecture."""
+    rows = [row for row in compiled(90) if row["dtype"] == "bfloat16" and row["tokens"] > 1 and not row["options"]]
+    forward = {(row["width"], row["pattern"]) for row in rows if row["kernel"] == "_attention"}
+    assert forward == {(64, "causal"), (128, "causal"), (128, "sliding_window"), (128, "strided")}
+    backward = {(row["width"], row["pattern"]) for row in rows if row["kernel"] == "_backward"}
+    assert backward == {(64, "causal"), (128, "causal"), (128, "sliding_window")}
+    assert all(row["wgmma"] for row in rows if row["kernel"] in ("_attention", "_backward"))
+
+
+def compiled(capability: int) -> list[dict[str, Any]]:
+    """What `compiled.py` says, in a process that does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), str(capability), str(SHARED_MEMORY[capability])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows

@@ -106,7 +106,7 @@ def relations(policy: AttentionPolicy, model: Any) -> Iterator[Fault]:
         yield from rotary_width_faults(policy.rope_parameters, policy.key_width(model.hidden_size))
 
 
-GPU = ("flash_attention_4", "cudnn", "triton", "flex_attention", "sdpa", "chunkwise", "eager", "host")
+GPU = ("cudnn", "triton", "flash_attention_4", "flex_attention", "sdpa", "chunkwise", "eager", "host")
 CPU = ("sdpa", "chunkwise", "eager")
 
 
