@@ -38,7 +38,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kernel" in wanted:
         names = [name for name in ("mechanism", "kernel", "dtype", "widest") if name in wanted]
         device = metafunc.config.getoption("--device") if "device" in wanted else "cpu"
-        metafunc.parametrize(names, [_row(entry, names) for entry in _kernels(mechanisms, wanted, device)])
+        # the interpreter takes seconds for a call: kernels are held to the budget by it, and to the laws behind -m slow
+        brief = metafunc.module.__name__.rpartition(".")[2] == "test_kernels"
+        metafunc.parametrize(names, [_row(entry, names, brief) for entry in _kernels(mechanisms, wanted, device)])
     elif "mechanism" in wanted:
         metafunc.parametrize("mechanism", [pytest.param(mechanism, id=mechanism.name) for mechanism in mechanisms])
 
@@ -59,17 +61,22 @@ def _kernels(mechanisms: list[Mechanism], wanted: set[str], device: str) -> Iter
             if not names:
                 continue
             offered = [name for name in DTYPES if name in names]
+            run = {"mechanism": mechanism, "kernel": kernel, "interpreted": _interpreted(kernel, device)}
             dtypes = {"widest": [offered[0], "float32"], "dtype": offered}
             column = next((column for column in dtypes if column in wanted), None)
             if column is None:
-                yield {"mechanism": mechanism, "kernel": kernel}
+                yield run
             for name in dict.fromkeys(dtypes[column]) if column else ():
-                yield {"mechanism": mechanism, "kernel": kernel, column: name}
+                yield {**run, column: name}
 
 
-def _row(entry: dict[str, Any], names: list[str]) -> Any:
+def _row(entry: dict[str, Any], names: list[str], brief: bool) -> Any:
     dtype = entry.get("dtype", entry.get("widest"))
-    slow = dtype == "float16" or (entry.get("widest") == "float32" and "float64" in entry["kernel"].needs.dtypes)
+    slow = (
+        dtype == "float16"
+        or (entry["interpreted"] and not brief)
+        or (entry.get("widest") == "float32" and "float64" in entry["kernel"].needs.dtypes)
+    )
     label = "-".join(filter(None, (entry["mechanism"].name, entry["kernel"].name, dtype)))
     values = [DTYPES[entry[name]] if name in ("dtype", "widest") else entry[name] for name in names]
     marks = [pytest.mark.slow] if slow else []
@@ -84,7 +91,8 @@ def for_cases(request: pytest.FixtureRequest) -> Callable[..., None]:
     """`for_cases(check, *strategies)` calls the check with draws of the strategies; a smaller `share` of them."""
 
     # the interpreter takes a second for a case
-    slow = "kernel" in request.fixturenames and _interpreted(request.getfixturevalue("kernel"), request)
+    device = request.config.getoption("--device")
+    slow = "kernel" in request.fixturenames and _interpreted(request.getfixturevalue("kernel"), device)
 
     def run(check: Callable[..., None], *strategies: st.SearchStrategy[Any], share: float = 1.0) -> None:
         count = max(2, round(request.param * (min(share, 0.5) if slow else share)))
@@ -96,8 +104,8 @@ def for_cases(request: pytest.FixtureRequest) -> Callable[..., None]:
     return run
 
 
-def _interpreted(kernel: Kernel, request: pytest.FixtureRequest) -> bool:
-    return request.config.getoption("--device").partition(":")[0] not in kernel.needs.device_types
+def _interpreted(kernel: Kernel, device: str) -> bool:
+    return device.partition(":")[0] not in kernel.needs.device_types
 
 
 @pytest.fixture
