@@ -230,6 +230,7 @@ KERNELS = (
                 "mask_bytes": MASK_LIMIT,
                 "band_mask_bytes": MASK_LIMIT,
                 "non_positive_scale": ANY,
+                "drawn_on_device": ANY,
                 **MASKS,
                 **SHAPES,
             },
