@@ -32,6 +32,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attncompiler.mechanisms.attention.flash.hopper_forward import mappable
 
+meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+"""The threads of a warpgroup wait for one another; Triton 3.7 renamed it."""
 LOG2E = math.log2(math.e)
 KEYS = 128
 STAGES = 2
@@ -280,13 +282,13 @@ def _consumer(
     # the results leave through this consumer's values, which nobody reads any more
     v_own.store(dv.to(dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    meet()
     tma.async_copy_shared_to_global(dv_desc, [b, first + WHICH * 64, kv_head, 0], v_sm.index(WHICH))
     tma.store_wait(0)
-    gl.thread_barrier()
+    meet()
     v_own.store((dk * scale).to(dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    meet()
     tma.async_copy_shared_to_global(dk_desc, [b, first + WHICH * 64, kv_head, 0], v_sm.index(WHICH))
     tma.store_wait(0)
 
