@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import triton
+from machine_code import unset_reads
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -74,6 +75,7 @@ def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
             yield call(dtype, width, 256, Causal())
         yield call(dtype, 128, 1, Causal())
     yield call(torch.float16, 32, 256, Causal())
+    yield call(torch.bfloat16, 32, 256, Causal(), values=16)
     for pattern in (
         SlidingWindow(window=100, global_tokens=3),
         Random(block_size=16, random_blocks=2, causal=False),
@@ -91,10 +93,11 @@ def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
     yield tensors, AttentionOptions(softcap=30.0, dropout=0.1)
 
 
-def call(dtype: torch.dtype, width: int, T: int, pattern: Any) -> tuple[dict[str, torch.Tensor], AttentionOptions]:
-    tensors = {"q": torch.zeros(1, T, 4, width, dtype=dtype)}
-    tensors |= {name: torch.zeros(1, 256, 2, width, dtype=dtype) for name in "kv"}
-    return tensors, AttentionOptions(pattern=pattern)
+def call(
+    dtype: torch.dtype, width: int, T: int, pattern: Any, *, values: int = 0
+) -> tuple[dict[str, torch.Tensor], AttentionOptions]:
+    sizes = {"q": (T, 4, width), "k": (256, 2, width), "v": (256, 2, values or width)}
+    return {name: torch.zeros(1, *size, dtype=dtype) for name, size in sizes.items()}, AttentionOptions(pattern=pattern)
 
 
 def main(capability: int, shared_memory: int) -> None:
@@ -119,6 +122,7 @@ def main(capability: int, shared_memory: int) -> None:
                     "shared": made.metadata.shared,
                     "tf32": ".tf32" in made.asm["ptx"],
                     "wgmma": "wgmma" in made.asm["ptx"],
+                    "unset": unset_reads(made.asm["cubin"]),
                     **resources(made.asm["cubin"]),
                 }
             )

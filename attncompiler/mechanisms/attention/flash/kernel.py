@@ -44,7 +44,7 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tenso
     lse = q.new_empty(sizes.B, sizes.H, sizes.T, dtype=torch.float32)
     sight, group = Sight.of(inputs, options), sizes.H // sizes.K
     V = v.shape[-1]
-    wide, wide_v = padded(q.shape[-1]), padded(V)
+    wide, wide_v = padded(q.shape[-1], V)
     blocks = blocks_for(device, q.dtype, wide, wide + wide_v, wide_v)
     packed = triton.next_power_of_2(group)
     splits = 1
@@ -118,7 +118,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         return hopper.backward(grads, inputs, outputs, options)
     sight, group = Sight.of(inputs, options), sizes.H // sizes.K
     V = v.shape[-1]
-    wide, wide_v = padded(q.shape[-1]), padded(V)
+    wide, wide_v = padded(q.shape[-1], V)
     delta = torch.empty_like(lse)
     rows = 32
     delta_kernel[(triton.cdiv(sizes.T, rows), sizes.B * sizes.H)](

@@ -1,0 +1,106 @@
+"""Reads the machine code of compiled kernels: what an assembler got wrong shows there, and on a GPU only by chance.
+
+ptxas 12.8 sometimes moves the arithmetic of a matrix product's descriptor to where its base is not yet known. The
+product then reads whatever the register held: wrong numbers, or an illegal access, or nothing at all to notice.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+import triton
+
+INSTRUCTION = re.compile(
+    r"^\s*/\*(?P<place>[0-9a-f]+)\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<name>[A-Z0-9_.]+)(?P<rest>[^;]*);"
+)
+LABEL = re.compile(r"^(\.L_\S+):")
+TARGET = re.compile(r"`\((\.L_\S+?)\)")
+UNIFORM = re.compile(r"\bUR(\d+)\b")
+WRITERS = re.compile(r"U|R2UR|S2UR|CS2UR|REDUX|VOTEU|LDCU|ELECT")
+"""Instructions whose first operand is a uniform register that they write."""
+DESCRIPTOR = 4
+"""Uniform registers that name the two operands of a matrix product; the first two are idle where a thread holds the
+left one."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    place: str
+    name: str
+    operands: tuple[str, ...]
+    guarded: bool
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.name} {', '.join(self.operands)}"
+
+    @property
+    def writes(self) -> frozenset[int]:
+        found = re.fullmatch(r"UR(\d+)", self.operands[0]) if self.operands else None
+        if found is None or not WRITERS.match(self.name):
+            return frozenset()
+        width = 4 if ".128" in self.name else 2 if ".64" in self.name or ".WIDE" in self.name else 1
+        return frozenset(range(int(found[1]), int(found[1]) + width))
+
+    @property
+    def reads(self) -> frozenset[int]:
+        read: set[int] = set()
+        for number, operand in enumerate(self.operands):
+            for register in map(int, UNIFORM.findall(operand)):
+                if "gdesc" in operand:
+                    held = re.match(r"R\d+", self.operands[1]) is not None
+                    read.update(range(register + 2 * held, register + DESCRIPTOR))
+                elif number or not self.writes:
+                    # of a wide product only the summand is wide
+                    wide = ".WIDE" in self.name and number == 3
+                    wide |= ".64" in self.name and WRITERS.match(self.name) is not None
+                    read.update(range(register, register + 1 + wide))
+        return frozenset(read)
+
+
+def unset_reads(cubin: bytes) -> list[str]:
+    """The instructions that read a uniform register which, on some way to them, no instruction has written."""
+    code, labels = _parsed(cubin)
+    known: list[frozenset[int] | None] = [None] * len(code)
+    ways = [(0, frozenset[int]())]
+    while ways:
+        number, have = ways.pop()
+        while number < len(code):
+            before, one = known[number], code[number]
+            have = have if before is None else have & before
+            if have == before:
+                break
+            known[number] = have
+            have |= one.writes
+            target = TARGET.search(" ".join(one.operands))
+            always = not one.guarded and not re.match(r"!?U?P\w", one.operands[0] if one.operands else "")
+            if one.name.startswith("BRA") and target:
+                ways.append((labels[target[1]], have))
+                if always:
+                    break
+            if one.name.startswith(("EXIT", "RET")) and always:
+                break
+            number += 1
+    return [str(one) for one, have in zip(code, known, strict=True) if have is not None and one.reads - have]
+
+
+def _parsed(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = [str(triton.knobs.nvidia.nvdisasm.path), "-c", file.name]
+        text = subprocess.run(tool, check=True, capture_output=True, text=True).stdout
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(code)
+        elif found := INSTRUCTION.match(line):
+            operands = tuple(part.strip() for part in found["rest"].split(",") if part.strip())
+            if found["name"].startswith("R2UR") and operands[0].startswith("P"):
+                operands = operands[1:]  # whether it could, beside what it wrote
+            code.append(Instruction(found["place"], found["name"], operands, found["guard"] is not None))
+    assert code, "the disassembler's words are not those that this was written for"
+    return code, labels
