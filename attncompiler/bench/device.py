@@ -13,6 +13,8 @@ from attncompiler.bench.measure import Samples, Work
 
 FLUSH_BYTES = 2**28
 """more than any last-level cache holds: what is written between two turns, so that no turn finds the last one's data"""
+FLUSHES = 16
+"""How often: about 1 ms on a large GPU, in which the host can prepare what is timed, as it does in a training step."""
 
 
 class Clock:
@@ -31,7 +33,8 @@ class Clock:
             taken = time.perf_counter() - begun
             return lambda: taken
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()  # also keeps the device busy while the host prepares the work
+        for _ in range(FLUSHES):
+            self._flush.zero_()
         start.record()
         work()
         end.record()
@@ -42,6 +45,18 @@ class Clock:
         read = self.turn(work)
         self.wait()
         return read()
+
+    def host(self, work: Work) -> float | None:
+        """Seconds until the host has handed the work over, the median of some; None on a CPU, which does it itself."""
+        if not self.cuda:
+            return None
+        taken = []
+        for _ in range(9):
+            self.wait()
+            begun = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - begun)
+        return Samples(tuple(taken)).median
 
     def wait(self) -> None:
         """Until the device has done all that it was given."""

@@ -26,15 +26,14 @@ def differentiable(function: type[torch.autograd.Function], *arguments: Any) -> 
 
 
 def undisturbed(tensors: Iterable[Tensor]) -> bool:
-    """Whether an operator called with these tensors has nobody to tell of it, and may run without torch's dispatcher.
+    """Whether an operator called with these tensors has nobody but autograd to tell of it, and may run without torch's
+    dispatcher.
 
-    So it is where no gradient is recorded, no compiler, tracer, transform or profiler looks on, and the tensors are
-    plain ones that hold values.
+    So it is where no compiler, tracer, transform or profiler looks on, and the tensors are plain ones that hold values.
     """
     return (
         not torch.compiler.is_compiling()
         and all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type in DEVICES for tensor in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()

@@ -35,7 +35,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
 
     made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), show_header=any(columns))
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        number = column in right
+        made.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number)
     for row in rows:
         made.add_row(*map(one_line, row))
     printer = console()

@@ -253,7 +253,7 @@ class Cost:
         return Cost(**{**sums, "workspace_bytes": max(self.workspace_bytes, other.workspace_bytes)})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mechanism:
     """A mechanism, as data. One folder per mechanism; `discover` finds them."""
 

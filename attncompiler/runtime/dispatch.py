@@ -6,8 +6,8 @@ This is the one place in the package where a kernel's failure is caught.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +19,8 @@ from attncompiler.measured import entries
 from attncompiler.mechanisms.base import (
     Kernel,
     Mechanism,
+    Refusal,
     Request,
-    Value,
     auto_order,
     discover,
     load_entry,
@@ -44,48 +44,53 @@ def _machine(device_type: str) -> tuple[Target, Environment]:
     return detect_target(device_type), detect_environment()
 
 
-def _allowed(
-    mechanism: Mechanism, site: registry.Record | None, request: Request, inputs: Tensors, options: Any, device: str
-) -> tuple[str, ...]:
-    if site is not None:
-        return site.chain
-    names: tuple[str, ...] = options.kernel
-    if names:
-        return names
-    if mechanism.bucket is None or not entries(_machine(device)[0], here=True):
-        return mechanism.order(device, request.features)
-    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
-    return _measured(mechanism.name, device, request.dtype or "", tuple(request.features.items()), shapes, options)
+MOST_DECIDED = 4096
+
+Decision = tuple[str, Kernel | None, tuple[Refusal, ...]]
+"""a kernel's name, the kernel unless it is not built, and why it does not serve"""
+_decided: dict[Any, tuple[Decision, ...]] = {}
 
 
-@lru_cache(maxsize=4096)
-def _measured(
-    name: str,
-    device: str,
-    dtype: str,
-    features: tuple[tuple[str, Value], ...],
-    shapes: tuple[tuple[str, tuple[int, ...]], ...],
-    options: Any,
-) -> tuple[str, ...]:
-    """The order of a call without a site on a machine that was measured."""
-    mechanism = discover()[name]
-    assert mechanism.bucket is not None
+def _decisions(
+    operator: Operator, chosen: tuple[str, ...], inputs: Tensors, options: Any, device: str
+) -> tuple[Decision, ...]:
+    """What is to be said of each kernel that a call may run on, best first. Calls alike in all but values are asked
+    about once: to ask takes longer than to launch a kernel."""
+    mechanism = discover()[operator.name]
+    alike = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
+    key = mechanism, device, chosen, options, alike
+    found = _decided.get(key)
+    if found is None:
+        if len(_decided) >= MOST_DECIDED:
+            _decided.clear()
+        found = _decided[key] = tuple(_decide(mechanism, operator, chosen, inputs, options, device))
+    return found
+
+
+def _decide(
+    mechanism: Mechanism, operator: Operator, chosen: tuple[str, ...], inputs: Tensors, options: Any, device: str
+) -> Iterator[Decision]:
+    request, (target, environment) = operator.request(inputs, options), _machine(device)
+    for name in chosen or _order(mechanism, request, inputs, options, device):
+        kernel = mechanism.kernel(name)
+        yield name, kernel, () if kernel is None else refusals(kernel, request, target, environment)
+
+
+def _order(mechanism: Mechanism, request: Request, inputs: Tensors, options: Any, device: str) -> tuple[str, ...]:
+    """Of a call that nobody chose kernels for: by what was measured on this machine, or the mechanism's own."""
     known = entries(_machine(device)[0], here=True)
-    bucket = partial(mechanism.bucket, dict(shapes), options, dtype)
-    return auto_order(mechanism, device, dict(features), known, bucket).kernels
+    if mechanism.bucket is None or not known:
+        return mechanism.order(device, request.features)
+    shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
+    bucket = partial(mechanism.bucket, shapes, options, request.dtype or "")
+    return auto_order(mechanism, device, request.features, known, bucket).kernels
 
 
 def chain(operator: Operator, inputs: Tensors, options: Any) -> tuple[str, ...]:
     """The kernels that would serve a call of the operator without a site, the one that is tried first at the head."""
-    mechanism = discover()[operator.name]
-    request = operator.request(inputs, options)
     device = inputs[operator.inputs[0]].device.type
-    serving = []
-    for name in _allowed(mechanism, None, request, inputs, options, device):
-        kernel = mechanism.kernel(name)
-        if kernel is not None and not refusals(kernel, request, *_machine(device)):
-            serving.append(name)
-    return tuple(serving)
+    decisions = _decisions(operator, options.kernel, inputs, options, device)
+    return tuple(name for name, kernel, refused in decisions if kernel is not None and not refused)
 
 
 def _walk(
@@ -96,18 +101,14 @@ def _walk(
     direction: str,
     call: Callable[[Implementation], dict[str, Tensor] | None],
 ) -> dict[str, Tensor]:
-    mechanism = discover()[operator.name]
-    request = operator.request(inputs, options)
     device = inputs[operator.inputs[0]].device.type
-    target, environment = _machine(device)
     site = registry.find(handle)
     reasons: list[str] = []
-    for name in _allowed(mechanism, site, request, inputs, options, device):
-        kernel = mechanism.kernel(name)
+    chosen = options.kernel if site is None else site.chain
+    for name, kernel, refused in _decisions(operator, chosen, inputs, options, device):
         if kernel is None:
             reasons.append(f"{name}: not built in this version")
             continue
-        refused = refusals(kernel, request, target, environment)
         if refused:
             reasons.append(f"{name}: " + "; ".join(map(str, refused)))
             if site is not None:

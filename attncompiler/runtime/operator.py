@@ -8,7 +8,7 @@ run on another kernel than its forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -61,16 +61,26 @@ class Operator:
         pairs = [(name, tensors.get(name)) for name in self.inputs]
         given = {name: tensor for name, tensor in pairs if tensor is not None}
         refuse_tangents(self.name, given.values())
-        if undisturbed(given.values()):
-            return self.run(given, _parse(self.options, "|" + options)[1], handle)
-        operator = getattr(getattr(torch.ops, NAMESPACE), self.name)
-        results = operator(list(given.values()), ",".join(given) + "|" + options, handle)
+        descriptor = ",".join(given) + "|" + options
+        if not undisturbed(given.values()):
+            results = getattr(getattr(torch.ops, NAMESPACE), self.name)(list(given.values()), descriptor, handle)
+        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given.values()):
+            results = _Direct.apply(self, descriptor, handle, *given.values())
+        else:
+            return self.run(given, _parse(self.options, descriptor)[1], handle)
         return dict(zip(self.outputs, results, strict=True))
 
     def run(self, inputs: Tensors, options: OperatorOptions, handle: Tensor) -> dict[str, Tensor]:
         """Every output, from the chain of the site that has this handle; the operator's own body."""
         results = dispatch.forward(self, int(handle), inputs, options)
         return {name: results[name].contiguous() for name in self.outputs}
+
+    def run_backward(
+        self, grads: Tensors, inputs: Tensors, outputs: Tensors, options: OperatorOptions, handle: Tensor
+    ) -> list[Tensor]:
+        """The gradient of every differentiable input that is there, from the same chain."""
+        results = dispatch.backward(self, int(handle), grads, inputs, outputs, options)
+        return [results[name].contiguous() for name in self.differentiable if name in inputs]
 
     def request(self, inputs: Tensors, options: OperatorOptions) -> Request:
         asked = {**self.features(inputs, options), "deterministic": options.deterministic}
@@ -109,15 +119,13 @@ def define(operator: Operator) -> Operator:
         grads: list[Tensor], inputs: list[Tensor], outputs: list[Tensor], descriptor: str, given: str, handle: Tensor
     ) -> list[Tensor]:
         named, options = read(descriptor, inputs)
-        results = dispatch.backward(
-            operator,
-            int(handle),
+        return operator.run_backward(
             dict(zip(given.split(","), grads, strict=True)),
             named,
             dict(zip(operator.outputs, outputs, strict=True)),
             options,
+            handle,
         )
-        return [results[name].contiguous() for name in operator.differentiable if name in named]
 
     def backward_fake(
         grads: list[Tensor], inputs: list[Tensor], outputs: list[Tensor], descriptor: str, given: str, handle: Tensor
@@ -137,43 +145,63 @@ def define(operator: Operator) -> Operator:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
         tensors, descriptor, handle = inputs
-        ctx.descriptor, ctx.count = descriptor, len(tensors)
-        ctx.save_for_backward(*tensors, *output, handle)
-        ctx.mark_non_differentiable(
-            *(
-                t
-                for name, t in zip(operator.outputs, output, strict=True)
-                if name not in operator.differentiable_outputs
-            )
-        )
-        ctx.set_materialize_grads(False)
+        _save(ctx, operator, tensors, output, descriptor, handle)
 
     def autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor | None], None, None]:
-        *saved, handle = ctx.saved_tensors
-        inputs, outputs = saved[: ctx.count], saved[ctx.count :]
-        names = ctx.descriptor.partition("|")[0].split(",")
-        present = [
-            (name, grad)
-            for name, grad in zip(operator.outputs, grads, strict=True)
-            if grad is not None and name in operator.differentiable_outputs
-        ]
-        if not present:
-            return [None] * len(names), None, None
-        run = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward")
-        found = run(
-            [grad for _, grad in present],
-            inputs,
-            outputs,
-            ctx.descriptor,
-            ",".join(name for name, _ in present),
-            handle,
-        )
-        by_name = dict(zip([name for name in operator.differentiable if name in names], found, strict=True))
-        return [by_name.get(name) for name in names], None, None
+        return _gradients(ctx, operator, grads), None, None
 
     op.register_autograd(autograd, setup_context=setup_context)
     _register_flops(operator)
     return operator
+
+
+def _save(
+    ctx: Any, operator: Operator, inputs: Sequence[Tensor], outputs: Sequence[Tensor], descriptor: str, handle: Tensor
+) -> None:
+    ctx.descriptor, ctx.count = descriptor, len(inputs)
+    ctx.save_for_backward(*inputs, *outputs, handle)
+    named = zip(operator.outputs, outputs, strict=True)
+    ctx.mark_non_differentiable(*(tensor for name, tensor in named if name not in operator.differentiable_outputs))
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, operator: Operator, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradient of each input, None of one that has none, from what `_save` kept."""
+    *saved, handle = ctx.saved_tensors
+    inputs, outputs = saved[: ctx.count], saved[ctx.count :]
+    names, options = _parse(operator.options, ctx.descriptor)
+    present = {
+        name: grad
+        for name, grad in zip(operator.outputs, grads, strict=True)
+        if grad is not None and name in operator.differentiable_outputs
+    }
+    if not present:
+        return [None] * len(names)
+    named = dict(zip(names, inputs, strict=True))
+    if undisturbed([*present.values(), *saved]) and not torch.is_grad_enabled():
+        kept = dict(zip(operator.outputs, outputs, strict=True))
+        found = operator.run_backward(present, named, kept, options, handle)
+    else:
+        run = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward")
+        found = run(list(present.values()), inputs, outputs, ctx.descriptor, ",".join(present), handle)
+    by_name = dict(zip([name for name in operator.differentiable if name in named], found, strict=True))
+    return [by_name.get(name) for name in names]
+
+
+class _Direct(torch.autograd.Function):
+    """The operator in a graph that only autograd records: torch's dispatcher costs more than launching a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, descriptor: str, handle: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        names, options = _parse(operator.options, descriptor)
+        outputs = tuple(operator.run(dict(zip(names, inputs, strict=True)), options, handle).values())
+        ctx.operator = operator
+        _save(ctx, operator, inputs, outputs, descriptor, handle)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return None, None, None, *_gradients(ctx, ctx.operator, grads)
 
 
 def _register_flops(operator: Operator) -> None:

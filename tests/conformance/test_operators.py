@@ -146,7 +146,9 @@ def accepted_when_long(kernel: Kernel, cases: Cases, device: str) -> Iterator[Ca
         long = stretched(case, LONG)
         return sum(case.operator.flops({n: tuple(t.shape) for n, t in long.tensors.items()}, case.options))
 
-    tiny = [prepared(case, torch.float32, device) for case in drawn(cases.draw(), 30)]
+    offered = kernel.needs.at(device).dtypes
+    dtype = torch.float32 if "float32" in offered else getattr(torch, offered[0])
+    tiny = [prepared(case, dtype, device) for case in drawn(cases.draw(), 30)]
     tiny = sorted(tiny, key=lambda case: sum(tensor.numel() for tensor in case.tensors.values()))[:12]
     return (case for case in sorted(tiny, key=flops) if not refusals_of(kernel, stretched(case, LONG)))
 

@@ -23,7 +23,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
     def forget() -> None:
         store._entries.cache_clear()
-        dispatch._measured.cache_clear()
+        dispatch._decided.clear()
 
     def put(length: int, **seconds: float) -> Path:
         here = detect_target("cpu")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -51,6 +51,8 @@ class Cell:
     """forward and backward; None in a row without backward"""
     peak_bytes: int | None = None
     """what forward and backward hold beside the inputs; the forward alone, where that is all that runs"""
+    host: Mapping[Way, float] = field(default_factory=dict)
+    """seconds of the host, which count where the device has nothing else to do meanwhile; empty on a CPU"""
 
     def given(self, way: Way, taken: Samples | Problem) -> Cell:
         """The cell with its time that way."""
@@ -154,7 +156,7 @@ class _Row:
             return
         seconds, peak = taken
         self.works["forward"][name] = (call.forward, seconds)
-        cell = replace(cell, peak_bytes=peak)
+        cell = replace(cell, peak_bytes=peak, host=self._host(cell, "forward", call.forward))
         if "both" in self.ways:
             both = self.attempt(partial(self._both, call, seconds))
             if isinstance(both, Problem):
@@ -162,8 +164,12 @@ class _Row:
             else:
                 work, seconds, peak = both
                 self.works["both"][name] = (work, seconds)
-                cell = replace(cell, peak_bytes=peak)
+                cell = replace(cell, peak_bytes=peak, host=self._host(cell, "both", work))
         self.cells[name] = cell
+
+    def _host(self, cell: Cell, way: Way, work: Work) -> Mapping[Way, float]:
+        taken = self.attempt(partial(self.clock.host, work))
+        return cell.host if taken is None or isinstance(taken, Problem) else {**cell.host, way: taken}
 
     def _forward(self, call: Call, inputs: Inputs) -> tuple[float, int | None] | Problem:
         out = call.ours(call.forward()).detach()
@@ -236,7 +242,7 @@ def _problem(error: Exception) -> Problem:
     if isinstance(error, Absent):
         return Problem("absent", said)
     if isinstance(error, torch.OutOfMemoryError):
-        return Problem("no memory", said)
+        return Problem("no memory", said.partition(". GPU")[0])
     if isinstance(error, AttnCompilerError):
         message = error.diagnostics[0].message
         return Problem("refused", re.sub(r"^no kernel could run .*? on \w+: \w+: ", "", message))

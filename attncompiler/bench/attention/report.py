@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from attncompiler.bench.attention.contestants import AUTO
-from attncompiler.bench.attention.grid import Cell, Measured, Problem
+from attncompiler.bench.attention.grid import Cell, Measured, Problem, Way
 from attncompiler.bench.measure import Samples
 from attncompiler.bench.report import mib
 
 BEST, NEAR = "FA2", 0.97
 """the peer whose ratio is given beside that to the best; the share of the best member's speed that a plan must have"""
-WAYS = ("forward", "both")
+WAYS: tuple[Way, ...] = ("forward", "both")
 BOTH = 3.5
 """FLOPs of forward and backward over those of the forward"""
 NOTHING = "–"
@@ -136,6 +136,7 @@ def _verdict(result: Measured) -> dict[str, str]:
         "planned": f"{name}, mixed" if AUTO in result.cells else name,
         "ms": _planned(plan, lambda taken: f"{1e3 * taken.median:.3g}"),
         "spread": _planned(plan, lambda taken: f"{taken.spread:.0%}"),
+        "host ms": _pair({way: 1e3 * plan.host[way] for way in WAYS if way in plan.host} if plan else {}),
         "of best member": _pair(found["best_member"]) + (" !" if short_of(result) else ""),
         "over best peer": _pair(found["best_peer"]),
         f"over {BEST}": _pair(found["fa2"]),
@@ -151,7 +152,7 @@ def _planned(plan: Cell | None, shown: Callable[[Samples], str]) -> str:
     return " / ".join(known) or NOTHING
 
 
-def _pair(by_way: dict[str, float | None]) -> str:
+def _pair(by_way: Mapping[str, float | None]) -> str:
     known = [f"{ratio:.2f}" for ratio in by_way.values() if ratio is not None]
     return " / ".join(known) or NOTHING
 
@@ -202,6 +203,7 @@ def _cell_data(cell: Cell, flops: int) -> dict[str, Any]:
         "role": cell.role,
         **{way: _taken_data(getattr(cell, way), work) for way, work in ways.items()},
         "peak_bytes": cell.peak_bytes,
+        "host_seconds": dict(cell.host),
     }
 
 

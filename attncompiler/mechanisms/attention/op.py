@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from attncompiler.blocks.autocast import autocast
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.attention.cost import operator_flops
-from attncompiler.mechanisms.attention.pattern import Causal, Pattern, is_band
+from attncompiler.mechanisms.attention.pattern import PATTERNS, Causal, Pattern, is_band
 from attncompiler.mechanisms.attention.visibility import query_mask
 from attncompiler.mechanisms.base import Value
 from attncompiler.runtime.implementation import Tensors
@@ -125,6 +126,8 @@ _pattern = TypeAdapter(Pattern)
 
 def as_pattern(pattern: str | Mapping[str, Any] | Pattern) -> Pattern:
     """A pattern from its kind, from a mapping as in YAML, or as it is. Raises InputError (E403) when it is none."""
+    if isinstance(pattern, PATTERNS):
+        return pattern
     try:
         return _pattern.validate_python({"kind": pattern} if isinstance(pattern, str) else pattern)
     except ValidationError as error:
@@ -200,17 +203,39 @@ def attention(
         alibi_slopes,
         dropout_seed,
     )
-    options = AttentionOptions(
-        kernel=kernel_names("attention", kernel),
-        deterministic=bool(deterministic),
-        pattern=as_pattern(pattern),
-        scale=None if scale is None else number("scale", scale),
-        softcap=None if softcap is None else number("softcap", softcap, above=0),
-        dropout=dropout,
-        layer=whole("layer", layer, 0),
+    text = _options_text(
+        kernel_names("attention", kernel),
+        bool(deterministic),
+        as_pattern(pattern),
+        None if scale is None else number("scale", scale),
+        None if softcap is None else number("softcap", softcap, above=0),
+        dropout,
+        whole("layer", layer, 0),
     )
-    results = OPERATOR(tensors, options_text(options), no_site())
+    results = OPERATOR(tensors, text, no_site())
     return (results["out"], results["lse"]) if return_lse else results["out"]
+
+
+@lru_cache(maxsize=1024)
+def _options_text(
+    kernel: tuple[str, ...],
+    deterministic: bool,
+    pattern: Pattern,
+    scale: float | None,
+    softcap: float | None,
+    dropout: float,
+    layer: int,
+) -> str:
+    options = AttentionOptions(
+        kernel=kernel,
+        deterministic=deterministic,
+        pattern=pattern,
+        scale=scale,
+        softcap=softcap,
+        dropout=dropout,
+        layer=layer,
+    )
+    return options_text(options)
 
 
 def _share(dropout: float) -> float:

@@ -90,6 +90,7 @@ class Chunked(StrictModel):
 Pattern = Annotated[
     Full | Causal | SlidingWindow | Strided | LocalGlobal | Random | Chunked, Field(discriminator="kind")
 ]
+PATTERNS = (Full, Causal, SlidingWindow, Strided, LocalGlobal, Random, Chunked)
 
 
 def is_band(pattern: Pattern) -> bool:
