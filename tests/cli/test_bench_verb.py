@@ -31,7 +31,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     def forget() -> None:
         store._entries.cache_clear()
-        dispatch._measured.cache_clear()
+        dispatch._decided.clear()
 
     monkeypatch.chdir(tmp_path)
     Path("spec.yaml").write_text(SPEC)
