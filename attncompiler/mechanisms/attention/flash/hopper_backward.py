@@ -31,6 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attncompiler.mechanisms.attention.flash.hopper_forward import mappable
+from attncompiler.mechanisms.attention.flash.hopper_tables import Visits, seen, steps, tile_at, walk, whole_steps
 
 meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 """The threads of a warpgroup wait for one another; Triton 3.7 renamed it."""
@@ -87,43 +88,95 @@ def _finish(sums, dq, T, T_padded, H, scale, D: tl.constexpr, BM: tl.constexpr):
 
 
 @gluon.jit
-def _place(sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr):
-    """The program's sequence, its head of keys, its first key; and, by tile, the first and last queries that see it."""
-    T, S, H, K, tiles, window, tokens = sizes
-    first = gl.program_id(0) % tiles * 128
-    both = gl.program_id(0) // tiles
-    before = S - T
-    low = 0
-    high = (T + BM - 1) // BM
-    if CAUSAL:
-        low = gl.minimum(gl.maximum(first - before, 0) // BM, high)
-    if WINDOW:
-        near = gl.minimum((gl.maximum(first + 127 + window - before, 0) + BM - 1) // BM, high)
-        if GLOBALS:
-            near = gl.where(first < tokens, high, near)
-        high = gl.maximum(near, low)
-    return both // K, both % K, first, low, high
+def _place(sizes, tables, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr):
+    """The program's sequence, its head of keys, its first key; and the tiles of queries that see it, for the functions
+    below: by index the first and the last one."""
+    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
+    program = gl.program_id(0)
+    if tables.order is not None:
+        # the tiles that most queries see come first, of all heads; the others head by head, for the L2 cache
+        later = program - heavy * heads
+        light = tiles - heavy
+        both = gl.where(later < 0, program % heads, later // light)
+        number = gl.load(tables.order + gl.where(later < 0, program // heads, heavy + later % light))
+    else:
+        both = program // tiles
+        number = program % tiles
+    first = number * 128
+    if tables.rows is not None:
+        where = walk(tables, both // K, number, True, tiles)
+    else:
+        before = S - T
+        low = 0
+        high = (T + BM - 1) // BM
+        if CAUSAL:
+            low = gl.minimum(gl.maximum(first - before, 0) // BM, high)
+        if WINDOW:
+            near = gl.minimum((gl.maximum(first + 127 + window - before, 0) + BM - 1) // BM, high)
+            if GLOBALS:
+                near = gl.where(first < tokens, high, near)
+            high = gl.maximum(near, low)
+        where = (low, high)
+    return both // K, both % K, first, where
+
+
+@gluon.jit
+def _count(where, tables):
+    """How many tiles of queries see the program's keys."""
+    if tables.rows is not None:
+        count = steps(tables, where)
+    else:
+        count = where[1] - where[0]
+    return count
+
+
+@gluon.jit
+def _tile(i, where, tables):
+    """The i-th of them."""
+    if tables.rows is not None:
+        tile = tile_at(tables, i, where, 0)
+    else:
+        tile = where[0] + i
+    return tile
 
 
 @gluon.jit
 def _hidden(
-    s, keys, first, position, sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr
-):
-    """Scores of 64 keys and the queries from `position` on, −∞ where a query does not see a key."""
-    T, S, H, K, tiles, window, tokens = sizes
-    if CAUSAL:
+    s, keys, classes, first, i, tile, where, rows_sm, stage, sizes, tables,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr,
+):  # fmt: skip
+    """Scores of 64 keys and the queries of the i-th tile, −∞ where a query does not see a key."""
+    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
+    if tables.rows is not None:
+        unmasked, masked = whole_steps(tables, where)
+        if (i < unmasked) | (i >= masked):
+            layout: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+            CLASSES: gl.constexpr = tables.classes is not None
+            FIELDS: gl.constexpr = 4 if GLOBALS or CLASSES else 2
+            fields = rows_sm.index(stage)._reinterpret(gl.int32, [FIELDS, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+            low = fields.index(0).load(layout)[None, :]
+            span = fields.index(1).load(layout)[None, :]
+            third = low
+            fourth = span
+            if FIELDS == 4:
+                third = fields.index(2).load(layout)[None, :]
+                fourth = fields.index(3).load(layout)[None, :]
+            found = seen(keys[:, None], 0, low, span, third, fourth, classes[:, None], GLOBALS, CLASSES)
+            s = gl.where(found, s, float("-inf"))
+    elif CAUSAL:
+        position = tile * BM + S - T
         mixed = position < first + 127
         if WINDOW:
             mixed = mixed | (position + BM - 1 >= first + window)
         if mixed:
             at = (position + gl.arange(0, BM, layout=gl.SliceLayout(0, s.type.layout)))[None, :]
-            seen = keys[:, None] <= at
+            found = keys[:, None] <= at
             if WINDOW:
                 near = at - keys[:, None] < window
                 if GLOBALS:
                     near = near | (keys < tokens)[:, None]
-                seen = seen & near
-            s = gl.where(seen, s, float("-inf"))
+                found = found & near
+            s = gl.where(found, s, float("-inf"))
     else:
         if first + 128 > S:
             s = gl.where((keys < S)[:, None], s, float("-inf"))
@@ -135,17 +188,19 @@ def _hidden(
 
 @gluon.jit
 def _producer(
-    descriptors, memory, barriers, sizes,
+    descriptors, memory, barriers, sizes, tables,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    q_desc, k_desc, v_desc, do_desc, stats_desc = descriptors[:5]
-    q_sm, k_sm, v_sm, do_sm, st_sm = memory[:5]
+    q_desc, k_desc, v_desc, do_desc, stats_desc, rows_desc = descriptors[:6]
+    q_sm, k_sm, v_sm, do_sm, st_sm, rows_sm = memory[:6]
     q_full, q_empty, do_full, do_empty, kv_full, ds_full = barriers
-    T, S, H, K, tiles, window, tokens = sizes
-    b, kv_head, first, low, high = _place(sizes, CAUSAL, WINDOW, GLOBALS, BM)
+    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
+    b, kv_head, first, where = _place(sizes, tables, CAUSAL, WINDOW, GLOBALS, BM)
+    count = _count(where, tables)
     group = H // K
     query_tiles = (T + BM - 1) // BM
+    FIELDS: gl.constexpr = 0 if tables.rows is None else 4 if GLOBALS or tables.classes is not None else 2
     mbarrier.expect(kv_full, 4 * 64 * D * 2)
     for half in gl.static_range(2):
         tma.async_copy_global_to_shared(k_desc, [b, first + half * 64, kv_head, 0], kv_full, k_sm.index(half))
@@ -153,17 +208,25 @@ def _producer(
     j = 0
     for member in range(group):
         head = kv_head * group + member
-        for i in range(low, high):
+        for i in range(count):
+            tile = _tile(i, where, tables)
             stage = j % STAGES
             phase = ((j // STAGES) & 1) ^ 1
             mbarrier.wait(q_empty.index(stage), phase)
-            mbarrier.expect(q_full.index(stage), BM * D * 2 + 2 * BM * 4)
-            tma.async_copy_global_to_shared(q_desc, [b, i * BM, head, 0], q_full.index(stage), q_sm.index(stage))
-            number = (b * H + head) * query_tiles + i
+            mbarrier.expect(q_full.index(stage), BM * D * 2 + (2 + FIELDS) * BM * 4)
+            tma.async_copy_global_to_shared(q_desc, [b, tile * BM, head, 0], q_full.index(stage), q_sm.index(stage))
+            number = (b * H + head) * query_tiles + tile
             tma.async_copy_global_to_shared(stats_desc, [number * 2, 0], q_full.index(stage), st_sm.index(stage))
+            if FIELDS > 0:
+                of_sequence = 0
+                if tables.order is None:
+                    of_sequence = b * FIELDS
+                tma.async_copy_global_to_shared(
+                    rows_desc, [of_sequence, tile * BM], q_full.index(stage), rows_sm.index(stage)
+                )
             mbarrier.wait(do_empty.index(stage), phase)
             mbarrier.expect(do_full.index(stage), BM * D * 2)
-            tma.async_copy_global_to_shared(do_desc, [b, i * BM, head, 0], do_full.index(stage), do_sm.index(stage))
+            tma.async_copy_global_to_shared(do_desc, [b, tile * BM, head, 0], do_full.index(stage), do_sm.index(stage))
             j += 1
 
 
@@ -199,14 +262,14 @@ def _add(dq, sums, number):
 
 @gluon.jit
 def _consumer(
-    descriptors, sums, memory, barriers, sizes, qk_scale, scale,
+    descriptors, sums, memory, barriers, sizes, tables, qk_scale, scale,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr,
     WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    dk_desc, dv_desc = descriptors[5:]
-    q_sm, k_sm, v_sm, do_sm, st_sm, ds_sm = memory
+    dk_desc, dv_desc = descriptors[6:]
+    q_sm, k_sm, v_sm, do_sm, st_sm, rows_sm, ds_sm = memory
     q_full, q_empty, do_full, do_empty, kv_full, ds_full = barriers
-    T, S, H, K, tiles, window, tokens = sizes
+    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
     dtype: gl.constexpr = q_sm.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -215,11 +278,15 @@ def _consumer(
     row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
-    b, kv_head, first, low, high = _place(sizes, CAUSAL, WINDOW, GLOBALS, BM)
+    b, kv_head, first, where = _place(sizes, tables, CAUSAL, WINDOW, GLOBALS, BM)
     group = H // K
     query_tiles = (T + BM - 1) // BM
-    steps = (high - low) * group
+    count = _count(where, tables)
+    visits = count * group
     keys = first + WHICH * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, s_layout))
+    classes = keys
+    if tables.classes is not None:
+        classes = gl.load(tables.classes + keys)
     dk = gl.zeros([64, D], gl.float32, kv_layout)
     dv = gl.zeros([64, D], gl.float32, kv_layout)
     zero_s = gl.zeros([64, BM], gl.float32, s_layout)
@@ -235,11 +302,12 @@ def _consumer(
         k_for_other = k_other
 
     mbarrier.wait(kv_full, 0)
-    if steps > 0:
-        i = low
+    if visits > 0:
+        i = 0
+        tile = _tile(0, where, tables)
         head = kv_head * group
-        number = ((b * H + head) * query_tiles + i) * 2 + WHICH
-        for j in range(steps):
+        number = ((b * H + head) * query_tiles + tile) * 2 + WHICH
+        for j in range(visits):
             stage = j % STAGES
             phase = (j // STAGES) & 1
             do = do_sm.index(stage).reshape([BM, D])
@@ -250,14 +318,16 @@ def _consumer(
             dq = _dq(j - 1, j > 0, k_for_own, k_for_other, zero_q, ds_sm, ds_full, WHICH, BM)
             stat = st_sm.index(stage)._reinterpret(gl.float32, [2, BM], plain)
             s = warpgroup_mma_wait(2, deps=[s])
-            s = _hidden(s, keys, first, i * BM + S - T, sizes, CAUSAL, WINDOW, GLOBALS, BM)
+            s = _hidden(
+                s, keys, classes, first, i, tile, where, rows_sm, stage, sizes, tables, CAUSAL, WINDOW, GLOBALS, BM
+            )
             lse = stat.index(0).load(row_layout)
             p = gl.exp2(s * qk_scale - lse[None, :])
             p_operand = gl.convert_layout(p.to(dtype), operand, assert_trivial=True)
             dq = warpgroup_mma_wait(0, deps=[dq])
             if j > 0:
                 _add(dq, sums, number)
-            number = ((b * H + head) * query_tiles + i) * 2 + WHICH
+            number = ((b * H + head) * query_tiles + tile) * 2 + WHICH
             mbarrier.wait(do_full.index(stage), phase)
             dp = warpgroup_mma(v_own, do.permute([1, 0]), zero_s, use_acc=False, is_async=True)
             dv = warpgroup_mma(p_operand, do, dv, is_async=True)
@@ -273,10 +343,11 @@ def _consumer(
             mbarrier.arrive(q_empty.index(stage), count=1)
             mbarrier.arrive(do_empty.index(stage), count=1)
             i += 1
-            if i == high:
-                i = low
+            if i == count:
+                i = 0
                 head += 1
-        dq = _dq(steps - 1, True, k_for_own, k_for_other, zero_q, ds_sm, ds_full, WHICH, BM)
+            tile = _tile(i, where, tables)
+        dq = _dq(visits - 1, True, k_for_own, k_for_other, zero_q, ds_sm, ds_full, WHICH, BM)
         dq = warpgroup_mma_wait(0, deps=[dq])
         _add(dq, sums, number)
     # the results leave through this consumer's values, which nobody reads any more
@@ -296,11 +367,11 @@ def _consumer(
 # --- the kernel and its launch ---------------------------------------------------------------------------------------
 
 
-@gluon.jit(do_not_specialize=["T", "S", "H", "K", "tiles", "window", "tokens", "qk_scale", "scale"])
+@gluon.jit(do_not_specialize=["T", "S", "H", "K", "tiles", "window", "tokens", "heavy", "qk_scale", "scale"])
 def _backward(
-    q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc, sums, T, S, H, K, tiles, window, tokens, qk_scale,
-    scale, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, stats_desc, rows_desc, dk_desc, dv_desc, sums, tables, T, S, H, K, tiles, window,
+    tokens, heavy, qk_scale, scale, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr,
+    BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -309,6 +380,10 @@ def _backward(
     k_sm = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], k_desc.layout)
     v_sm = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, D], v_desc.layout)
     st_sm = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BM], stats_desc.layout)
+    rows_sm = st_sm  # of no use where there are no tables
+    if tables.rows is not None:
+        FIELDS: gl.constexpr = 4 if GLOBALS or tables.classes is not None else 2
+        rows_sm = gl.allocate_shared_memory(gl.int32, [STAGES, FIELDS, BM], rows_desc.layout)
     ds_sm = gl.allocate_shared_memory(dtype, [4, 64, BM], gl.NVMMASharedLayout(128, 16, 2))
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -324,10 +399,10 @@ def _backward(
     for i in gl.static_range(4):
         mbarrier.init(ds_full.index(i), count=1)
     mbarrier.init(kv_full, count=1)
-    descriptors = (q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc)
-    memory = (q_sm, k_sm, v_sm, do_sm, st_sm, ds_sm)
+    descriptors = (q_desc, k_desc, v_desc, do_desc, stats_desc, rows_desc, dk_desc, dv_desc)
+    memory = (q_sm, k_sm, v_sm, do_sm, st_sm, rows_sm, ds_sm)
     barriers = (q_full, q_empty, do_full, do_empty, kv_full, ds_full)
-    sizes = (T, S, H, K, tiles, window, tokens)
+    sizes = (T, S, H, K, tiles, window, tokens, heavy, gl.num_programs(0) // tiles)
     gl.warp_specialize(
         [
             (
@@ -338,6 +413,7 @@ def _backward(
                     memory,
                     barriers,
                     sizes,
+                    tables,
                     qk_scale,
                     scale,
                     CAUSAL,
@@ -357,6 +433,7 @@ def _backward(
                     memory,
                     barriers,
                     sizes,
+                    tables,
                     qk_scale,
                     scale,
                     CAUSAL,
@@ -368,7 +445,7 @@ def _backward(
                     STAGES,
                 ),
             ),
-            (_producer, (descriptors, memory, barriers, sizes, CAUSAL, WINDOW, GLOBALS, BM, D, STAGES)),
+            (_producer, (descriptors, memory, barriers, sizes, tables, CAUSAL, WINDOW, GLOBALS, BM, D, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -383,6 +460,11 @@ def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
 
 
+def queries_of(width: int) -> int:
+    """Queries of a tile."""
+    return 64 if width == 128 else 128
+
+
 def backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -395,14 +477,23 @@ def backward(
     window: int | None = None,
     global_tokens: int = 0,
     scale: float,
+    visits: Visits | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, and delta (B, H, T), the sums of dout · out, of bfloat16 or float16 and a D of 64 or 128.
 
     window and global_tokens need causal: row i then sees key j if j <= i and (i - j < window or j < global_tokens).
+    With visits, of tiles of `queries_of(D)` queries, the tables alone say what is seen.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
-    rows = 64 if D == 128 else 128
+    rows = queries_of(D)
+    globals_, rows_desc = window is not None and global_tokens > 0, None
+    if visits is None:
+        visits = Visits.none()
+    else:
+        causal, window, globals_ = False, None, visits.globals
+        table = visits.tables.rows.flatten(0, 1)
+        rows_desc = TensorDescriptor.from_tensor(table, [visits.fields, rows], gl.NVMMASharedLayout(0, 32, 2))
     query_tiles, key_tiles = triton.cdiv(T, rows), triton.cdiv(S, KEYS)
     stats = lse.new_empty(B * H * query_tiles * 2, rows)
     sums = lse.new_empty(B * H * query_tiles * rows * D)
@@ -418,9 +509,11 @@ def backward(
         _describe(v, 64),
         _describe(dout, rows),
         TensorDescriptor.from_tensor(stats, [2, rows], gl.NVMMASharedLayout(0, 32, 2)),
+        rows_desc,
         _describe(dk, 64),
         _describe(dv, 64),
         sums,
+        visits.tables,
         T,
         S,
         H,
@@ -428,11 +521,12 @@ def backward(
         key_tiles,
         window or 0,
         global_tokens,
+        visits.heavy,
         scale * LOG2E,
         scale,
         causal,
         window is not None,
-        window is not None and global_tokens > 0,
+        globals_,
         rows,
         D,
         STAGES,
