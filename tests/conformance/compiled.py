@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from attncompiler.mechanisms.attention.flash import kernel, launch
 from attncompiler.mechanisms.attention.op import AttentionOptions
-from attncompiler.mechanisms.attention.pattern import Causal, Random, SlidingWindow, Strided
+from attncompiler.mechanisms.attention.pattern import Causal, LocalGlobal, Random, SlidingWindow, Strided
 
 
 class NoDevice:
@@ -68,8 +68,8 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
-    """One call of every way through the kernels, at every width and dtype, each of few tokens."""
+def calls(capability: int) -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
+    """One call of every way through the kernels of an architecture, at every width and dtype, each of few tokens."""
     for dtype in (torch.float32, torch.bfloat16):
         for width in (64, 128, 256):
             yield call(dtype, width, 256, Causal())
@@ -82,6 +82,15 @@ def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
         Strided(block_size=8, stride=4, window=2),
     ):
         yield call(torch.bfloat16, 128, 256, pattern)
+    if capability == 90:
+        for width in (64, 128):
+            for pattern in (Causal(), SlidingWindow(window=100, global_tokens=3)):
+                tensors, options = call(torch.bfloat16, width, 256, pattern)
+                yield tensors | {"segment_ids": torch.zeros(1, 256, dtype=torch.int64)}, options
+        yield call(torch.bfloat16, 64, 256, Strided(block_size=8, stride=4, window=2))
+        for width in (64, 128):
+            yield call(torch.bfloat16, width, 256, LocalGlobal(block_size=8, local_blocks=2, global_blocks=1))
+            yield call(torch.bfloat16, width, 256, Random(block_size=128, random_blocks=1, local_blocks=1))
     everything = call(torch.bfloat16, 128, 256, Causal())
     tensors = everything[0] | {
         "segment_ids": torch.zeros(1, 256, dtype=torch.int64),
@@ -104,7 +113,7 @@ def main(capability: int, shared_memory: int) -> None:
     triton.runtime.driver.set_active(NoDevice(capability))
     kernel.device_of = lambda device: launch.Device(shared_memory, 132, divmod(capability, 10))
     rows = []
-    for tensors, options in calls():
+    for tensors, options in calls(capability):
         found: list[Any] = []
         with compiling(found):
             outputs = kernel.forward(tensors, options)
