@@ -80,6 +80,8 @@ def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
         Strided(block_size=8, stride=4, window=2),
     ):
         yield call(torch.bfloat16, 128, 256, pattern)
+    for width in (64, 128):
+        yield call(torch.bfloat16, width, 256, Causal(), softcap=30.0)
     everything = call(torch.bfloat16, 128, 256, Causal())
     tensors = everything[0] | {
         "segment_ids": torch.zeros(1, 256, dtype=torch.int64),
@@ -91,10 +93,12 @@ def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
     yield tensors, AttentionOptions(softcap=30.0, dropout=0.1)
 
 
-def call(dtype: torch.dtype, width: int, T: int, pattern: Any) -> tuple[dict[str, torch.Tensor], AttentionOptions]:
+def call(
+    dtype: torch.dtype, width: int, T: int, pattern: Any, **asked: Any
+) -> tuple[dict[str, torch.Tensor], AttentionOptions]:
     tensors = {"q": torch.zeros(1, T, 4, width, dtype=dtype)}
     tensors |= {name: torch.zeros(1, 256, 2, width, dtype=dtype) for name in "kv"}
-    return tensors, AttentionOptions(pattern=pattern)
+    return tensors, AttentionOptions(pattern=pattern, **asked)
 
 
 def main(capability: int, shared_memory: int) -> None:
@@ -115,6 +119,7 @@ def main(capability: int, shared_memory: int) -> None:
                     "width": tensors["q"].shape[-1],
                     "tokens": tensors["q"].shape[1],
                     "pattern": options.pattern.kind,
+                    "softcap": options.softcap is not None,
                     "options": sorted(tensors.keys() - {"q", "k", "v"}),
                     "shared": made.metadata.shared,
                     "tf32": ".tf32" in made.asm["ptx"],

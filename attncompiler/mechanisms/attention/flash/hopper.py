@@ -68,7 +68,7 @@ def serves_backward(device: Device, inputs: Tensors, options: AttentionOptions) 
     known = isinstance(options.pattern, (Full, Causal)) or (
         isinstance(options.pattern, SlidingWindow) and options.pattern.causal
     )
-    return known and not options.deterministic and options.softcap is None and serves(device, inputs, options, 0)
+    return known and not options.deterministic and serves(device, inputs, options, 0)
 
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
@@ -87,6 +87,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         window=window,
         global_tokens=global_tokens,
         scale=options.softmax_scale(inputs["q"].shape[-1]),
+        softcap=options.softcap,
     )
     found = {"q": dq, "k": dk, "v": dv}
     if "sinks" in inputs:

@@ -26,11 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from attncompiler.mechanisms.attention.flash.hopper_forward import mappable
+from attncompiler.mechanisms.attention.flash.hopper_forward import capped, mappable, scales_of
 
 meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 """The threads of a warpgroup wait for one another; Triton 3.7 renamed it."""
@@ -198,11 +199,18 @@ def _add(dq, sums, number):
 
 
 @gluon.jit
+def _rounded(x):
+    """x, of 16 bits, such that the compiler does not know what it was rounded from and lets go of that."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
 def _consumer(
-    descriptors, sums, memory, barriers, sizes, qk_scale, scale,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr,
+    given, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, SOFTCAP: gl.constexpr, BM: gl.constexpr,
     WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    descriptors, sums, memory, barriers, sizes, scales = given
+    qk_scale, scale, cap_scale = scales
     dk_desc, dv_desc = descriptors[5:]
     q_sm, k_sm, v_sm, do_sm, st_sm, ds_sm = memory
     q_full, q_empty, do_full, do_empty, kv_full, ds_full = barriers
@@ -239,6 +247,8 @@ def _consumer(
         i = low
         head = kv_head * group
         number = ((b * H + head) * query_tiles + i) * 2 + WHICH
+        if D == 64:
+            dk = warpgroup_mma_init(dk)
         for j in range(steps):
             stage = j % STAGES
             phase = (j // STAGES) & 1
@@ -249,11 +259,24 @@ def _consumer(
             # dQ of the step before; the first step's is of what memory held, and goes nowhere
             dq = _dq(j - 1, j > 0, k_for_own, k_for_other, zero_q, ds_sm, ds_full, WHICH, BM)
             stat = st_sm.index(stage)._reinterpret(gl.float32, [2, BM], plain)
-            s = warpgroup_mma_wait(2, deps=[s])
+            if D == 64:
+                s, dk = warpgroup_mma_wait(2, deps=[s, dk])
+                mbarrier.arrive(q_empty.index((j + STAGES - 1) % STAGES), count=1, pred=j > 0)
+                mbarrier.arrive(do_empty.index((j + STAGES - 1) % STAGES), count=1, pred=j > 0)
+            else:
+                s = warpgroup_mma_wait(2, deps=[s])
+            if SOFTCAP:
+                s = capped(s, cap_scale)
+                slope = 1.0 - s * s
             s = _hidden(s, keys, first, i * BM + S - T, sizes, CAUSAL, WINDOW, GLOBALS, BM)
             lse = stat.index(0).load(row_layout)
             p = gl.exp2(s * qk_scale - lse[None, :])
-            p_operand = gl.convert_layout(p.to(dtype), operand, assert_trivial=True)
+            p_rounded = p.to(dtype)
+            if SOFTCAP:
+                p = p * slope
+            elif D == 64:
+                p_rounded = _rounded(p_rounded)
+            p_operand = gl.convert_layout(p_rounded, operand, assert_trivial=True)
             dq = warpgroup_mma_wait(0, deps=[dq])
             if j > 0:
                 _add(dq, sums, number)
@@ -263,21 +286,36 @@ def _consumer(
             dv = warpgroup_mma(p_operand, do, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=[dp])
             delta = stat.index(1).load(row_layout)
+            if D == 64 and not SOFTCAP:
+                # the weights of dV serve here too: a rounding more, half the registers
+                p = p_rounded.to(gl.float32)
             ds = (p * (dp - delta[None, :])).to(dtype)
-            ds_operand = gl.convert_layout(ds, operand, assert_trivial=True)
-            dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
-            ds_sm.index((j % 2) * 2 + WHICH).store(ds)
-            fence_async_shared()
-            mbarrier.arrive(ds_full.index((j % 2) * 2 + WHICH), count=1)
-            dk, dv, p_operand, ds_operand = warpgroup_mma_wait(0, deps=[dk, dv, p_operand, ds_operand])
-            mbarrier.arrive(q_empty.index(stage), count=1)
-            mbarrier.arrive(do_empty.index(stage), count=1)
+            ds_own = ds_sm.index((j % 2) * 2 + WHICH)
+            if D == 64:
+                # dK runs on into the next step, from shared memory: it needs no registers meanwhile
+                ds_own.store(ds)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index((j % 2) * 2 + WHICH), count=1)
+                dk = warpgroup_mma(ds_own, q, dk, is_async=True)
+                dv, p_operand = warpgroup_mma_wait(1, deps=[dv, p_operand])
+            else:
+                ds_operand = gl.convert_layout(ds, operand, assert_trivial=True)
+                dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+                ds_own.store(ds)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index((j % 2) * 2 + WHICH), count=1)
+                dk, dv, p_operand, ds_operand = warpgroup_mma_wait(0, deps=[dk, dv, p_operand, ds_operand])
+                mbarrier.arrive(q_empty.index(stage), count=1)
+                mbarrier.arrive(do_empty.index(stage), count=1)
             i += 1
             if i == high:
                 i = low
                 head += 1
         dq = _dq(steps - 1, True, k_for_own, k_for_other, zero_q, ds_sm, ds_full, WHICH, BM)
-        dq = warpgroup_mma_wait(0, deps=[dq])
+        if D == 64:
+            dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
+        else:
+            dq = warpgroup_mma_wait(0, deps=[dq])
         _add(dq, sums, number)
     # the results leave through this consumer's values, which nobody reads any more
     v_own.store(dv.to(dtype))
@@ -296,11 +334,11 @@ def _consumer(
 # --- the kernel and its launch ---------------------------------------------------------------------------------------
 
 
-@gluon.jit(do_not_specialize=["T", "S", "H", "K", "tiles", "window", "tokens", "qk_scale", "scale"])
+@gluon.jit(do_not_specialize=["T", "S", "H", "K", "tiles", "window", "tokens", "qk_scale", "scale", "cap_scale"])
 def _backward(
     q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc, sums, T, S, H, K, tiles, window, tokens, qk_scale,
-    scale, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr,
+    scale, cap_scale, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, SOFTCAP: gl.constexpr,
+    BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -328,46 +366,12 @@ def _backward(
     memory = (q_sm, k_sm, v_sm, do_sm, st_sm, ds_sm)
     barriers = (q_full, q_empty, do_full, do_empty, kv_full, ds_full)
     sizes = (T, S, H, K, tiles, window, tokens)
+    scales = (qk_scale, scale, cap_scale)
+    given = (descriptors, sums, memory, barriers, sizes, scales)
     gl.warp_specialize(
         [
-            (
-                _consumer,
-                (
-                    descriptors,
-                    sums,
-                    memory,
-                    barriers,
-                    sizes,
-                    qk_scale,
-                    scale,
-                    CAUSAL,
-                    WINDOW,
-                    GLOBALS,
-                    BM,
-                    0,
-                    D,
-                    STAGES,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    descriptors,
-                    sums,
-                    memory,
-                    barriers,
-                    sizes,
-                    qk_scale,
-                    scale,
-                    CAUSAL,
-                    WINDOW,
-                    GLOBALS,
-                    BM,
-                    1,
-                    D,
-                    STAGES,
-                ),
-            ),
+            (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, BM, 0, D, STAGES)),
+            (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, BM, 1, D, STAGES)),
             (_producer, (descriptors, memory, barriers, sizes, CAUSAL, WINDOW, GLOBALS, BM, D, STAGES)),
         ],
         [4, 1],
@@ -395,10 +399,12 @@ def backward(
     window: int | None = None,
     global_tokens: int = 0,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, and delta (B, H, T), the sums of dout · out, of bfloat16 or float16 and a D of 64 or 128.
 
     window and global_tokens need causal: row i then sees key j if j <= i and (i - j < window or j < global_tokens).
+    softcap makes a score softcap tanh(scale q k / softcap).
     """
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
@@ -409,6 +415,7 @@ def backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     q, k, v, dout = mappable(q), mappable(k), mappable(v), mappable(dout)
     padded = query_tiles * rows
+    score_scale, cap_scale = scales_of(scale, softcap)
     _prepare[(query_tiles, B * H)](
         out, dout, lse, stats, sums, T, padded, *out.stride()[:3], *dout.stride()[:3], H, D, rows, LOG2E
     )
@@ -428,11 +435,13 @@ def backward(
         key_tiles,
         window or 0,
         global_tokens,
-        scale * LOG2E,
+        score_scale,
         scale,
+        cap_scale,
         causal,
         window is not None,
         window is not None and global_tokens > 0,
+        softcap is not None,
         rows,
         D,
         STAGES,

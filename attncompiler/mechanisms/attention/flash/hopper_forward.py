@@ -342,10 +342,23 @@ def _reciprocal(x):
 
 
 @gluon.jit
+def capped(s, cap_scale):
+    """tanh of a softcap's argument: cap_scale is 2 log2(e) scale / cap, and of the score the cap remains to be
+    multiplied.
+
+    tanh(x) = 1 - 2 / (1 + exp(2 x)), and near 0, where that leaves nothing of a score far below its cap, by its series.
+    """
+    x = s * cap_scale
+    far = 1.0 - 2.0 * _reciprocal(1.0 + gl.exp2(x))
+    y = x * x * (_LN2 * _LN2 / 4)
+    near = x * (_LN2 / 2) * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15)))
+    return gl.where(gl.abs(x) < 0.18, near, far)
+
+
+@gluon.jit
 def _capped(s, cap_scale, P: gl.constexpr):
     if P.softcap:
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)); cap_scale is 2 log2(e) scale / cap, and scale is the cap.
-        s = 1.0 - 2.0 * _reciprocal(1.0 + gl.exp2(s * cap_scale))
+        s = capped(s, cap_scale)
     return s
 
 
@@ -770,6 +783,17 @@ def _plan(width: int, **options: bool) -> Plan:
     return Plan(width, consumers=2, stages=2 if width == 128 else 4, registers=240, producer_registers=24, **options)
 
 
+def scales_of(scale: float, softcap: float | None) -> tuple[float, float]:
+    """What makes q k a score in base 2; with a softcap what makes it that of its `capped`, and the argument of this.
+
+    A cap beyond 1e±30 acts as one there, and keeps both numbers within float32.
+    """
+    if softcap is None:
+        return scale * LOG2E, 0.0
+    softcap = min(max(softcap, 1e-30), 1e30)
+    return softcap * LOG2E, 2.0 * LOG2E * scale / softcap
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -820,10 +844,7 @@ def forward(
     section = group
     if (causal and window is None) or lists is not None:
         section *= max(4, (16 << 20) // (2 * S * D * q.element_size()))
-    cap_scale = 0.0
-    if softcap is not None:
-        cap_scale = 2.0 * LOG2E * scale / softcap
-        scale = softcap
+    scale, cap_scale = scales_of(scale, softcap)
     programs = min(tiles, multiprocessors)
     tables = lists if lists is not None else (None,) * len(TileLists._fields)
     _attention[(programs,)](
@@ -845,7 +866,7 @@ def forward(
         tiles,
         window or 0,
         global_tokens,
-        scale * LOG2E,
+        scale,
         cap_scale,
         plan,
         num_warps=4,
