@@ -67,8 +67,14 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
+def calls(capability: int) -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
     """One call of every way through the kernels, at every width and dtype, each of few tokens."""
+    if capability == 90:
+        for width in (64, 128):
+            for asked in ({"softcap": 30.0}, {"deterministic": True}):
+                yield call(torch.bfloat16, width, 256, Causal(), **asked)
+            both = {"softcap": 30.0, "deterministic": True}
+            yield call(torch.bfloat16, width, 256, SlidingWindow(window=100, global_tokens=3), **both)
     for dtype in (torch.float32, torch.bfloat16):
         for width in (64, 128, 256):
             yield call(dtype, width, 256, Causal())
@@ -80,8 +86,6 @@ def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
         Strided(block_size=8, stride=4, window=2),
     ):
         yield call(torch.bfloat16, 128, 256, pattern)
-    for width in (64, 128):
-        yield call(torch.bfloat16, width, 256, Causal(), softcap=30.0)
     everything = call(torch.bfloat16, 128, 256, Causal())
     tensors = everything[0] | {
         "segment_ids": torch.zeros(1, 256, dtype=torch.int64),
@@ -105,7 +109,7 @@ def main(capability: int, shared_memory: int) -> None:
     triton.runtime.driver.set_active(NoDevice(capability))
     kernel.device_of = lambda device: launch.Device(shared_memory, 132, divmod(capability, 10))
     rows = []
-    for tensors, options in calls():
+    for tensors, options in calls(capability):
         found: list[Any] = []
         with compiling(found):
             outputs = kernel.forward(tensors, options)
@@ -120,6 +124,7 @@ def main(capability: int, shared_memory: int) -> None:
                     "tokens": tensors["q"].shape[1],
                     "pattern": options.pattern.kind,
                     "softcap": options.softcap is not None,
+                    "deterministic": options.deterministic,
                     "options": sorted(tensors.keys() - {"q", "k", "v"}),
                     "shared": made.metadata.shared,
                     "tf32": ".tf32" in made.asm["ptx"],

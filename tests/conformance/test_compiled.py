@@ -34,16 +34,24 @@ def test_kernels_fit_an_architecture_that_is_not_here(capability: int) -> None:
 
 @pytest.mark.slow
 def test_hopper_runs_its_own_kernels() -> None:
-    """Heads of 64 and 128 in 16 bits, by index and by lists, capped or not; others run the kernels for every
-    architecture."""
+    """Heads of 64 and 128 in 16 bits, by index and by lists, capped and deterministic; others run the kernels for
+    every architecture."""
     rows = [row for row in compiled(90) if row["dtype"] == "bfloat16" and row["tokens"] > 1 and not row["options"]]
-    plain = {(64, "causal", False), (128, "causal", False), (128, "sliding_window", False)}
-    capped = {(64, "causal", True), (128, "causal", True)}
-    forward = {(row["width"], row["pattern"], row["softcap"]) for row in rows if row["kernel"] == "_attention"}
-    assert forward == plain | capped | {(128, "strided", False)}
-    backward = {(row["width"], row["pattern"], row["softcap"]) for row in rows if row["kernel"] == "_backward"}
-    assert backward == plain | capped
+    known = {(width, "causal", *asked) for width in (64, 128) for asked in ((), ("softcap",), ("deterministic",))}
+    known |= {(width, "sliding_window", "softcap", "deterministic") for width in (64, 128)}
+    known |= {(128, "sliding_window")}
+    assert ways(rows, "_attention") == known | {(128, "strided")}
+    assert ways(rows, "_backward") == known
     assert all(row["wgmma"] for row in rows if row["kernel"] in ("_attention", "_backward"))
+
+
+def ways(rows: list[dict[str, Any]], kernel: str) -> set[tuple[Any, ...]]:
+    """The widths, patterns and options for which a kernel was compiled."""
+    return {
+        (row["width"], row["pattern"], *(name for name in ("softcap", "deterministic") if row[name]))
+        for row in rows
+        if row["kernel"] == kernel
+    }
 
 
 def compiled(capability: int) -> list[dict[str, Any]]:

@@ -64,11 +64,11 @@ def forward(device: Device, inputs: Tensors, options: AttentionOptions) -> dict[
 
 
 def serves_backward(device: Device, inputs: Tensors, options: AttentionOptions) -> bool:
-    """Whether the backward of a call is one that these kernels compute; they add up dq in any order."""
+    """Whether the backward of a call is one that these kernels compute: of a pattern that needs no lists."""
     known = isinstance(options.pattern, (Full, Causal)) or (
         isinstance(options.pattern, SlidingWindow) and options.pattern.causal
     )
-    return known and not options.deterministic and serves(device, inputs, options, 0)
+    return known and serves(device, inputs, options, 0)
 
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
@@ -88,6 +88,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         global_tokens=global_tokens,
         scale=options.softmax_scale(inputs["q"].shape[-1]),
         softcap=options.softcap,
+        deterministic=options.deterministic,
     )
     found = {"q": dq, "k": dk, "v": dv}
     if "sinks" in inputs:

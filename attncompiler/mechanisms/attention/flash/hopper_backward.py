@@ -8,6 +8,11 @@ product in the registers from which the next takes them (dV += Pᵀ dO, dK += dS
 next scores: each for 64 of its columns (D 128) or rows (D 64), and add it to what other programs found by atomic
 additions of four numbers at once. Those come in any order, so two runs differ in the last bits.
 
+Or in a fixed one: then another warp, the keeper, waits in its program's stead until the programs before have added to
+the sums of a tile of queries, and tells those after when its own has. That is free where programs reach a tile in the
+order in which they add. In causal order they do when the last keys, whose first queries come last, add first
+(as FlashAttention-3 has it); their programs must then start first too, so the longest end last, which costs some 6%.
+
 Layout: q, out, dout (B, T, H, D); k, v (B, S, K, D); lse (B, H, T) in float32, natural logarithm, −∞ on rows that see
 nothing. Query t stands at position t + S − T.
 """
@@ -38,39 +43,66 @@ meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 LOG2E = math.log2(math.e)
 KEYS = 128
 STAGES = 2
+LAST_FIRST = tl.constexpr(2)
+"""As CAUSAL: in causal order, the programs of the last keys first."""
+SECTION = tl.constexpr(264)
+"""Programs, about, of the heads that are worked on side by side, twice as many as a device runs at once. In causal
+order those are the last heads alone, so that their longest programs, of the first keys, do not run on when all others
+are done; before, one head at a time keeps what it reads and adds in the L2 cache."""
 FRAGMENT = tl.constexpr(64 * 64)
 """Numbers of dQ that a warpgroup adds at once, in the order in which its threads hold them."""
-ADD_FOUR = tl.constexpr("red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
+ADD = tl.constexpr("red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
+ADD_OR_SET = tl.constexpr("""{
+    .reg .pred first;
+    setp.eq.s32 first, $6, 0;
+    @first st.relaxed.gpu.global.v4.f32 [$1], {$2, $3, $4, $5};
+    @!first red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5};
+    mov.b32 $0, 0;
+}""")
+"""By a predicate: a branch around the two has the compiler keep their addresses in registers that are not there."""
+READ_TURN = tl.constexpr("ld.acquire.gpu.global.b32 $0, [$1];")
+PASS_TURN = tl.constexpr("st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;")
 
 
 @triton.jit
 def _prepare(
-    out, dout, lse, stats, sums, T, T_padded, out_b, out_t, out_h, dout_b, dout_t, dout_h, H,
+    out, dout, lse, stats, sums, turns, T, T_padded, out_b, out_t, out_h, dout_b, dout_t, dout_h, H,
     D: tl.constexpr, BM: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
     """For each tile of queries the lse in base 2, +∞ where a row sees nothing, then the sums of dout · out; and zeros
-    for the sums of dQ."""
+    for the sums of dQ, or for whose turn it is to add to them."""
     tile, both = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = both // H, both % H
     rows, columns = tile * BM + tl.arange(0, BM), tl.arange(0, D)
     there = rows < T
     at = out + b * out_b + rows.to(tl.int64)[:, None] * out_t + h * out_h + columns[None, :]
-    o = tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
+    # nobody reads it again
+    o = tl.load(at, mask=there[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
     at = dout + b * dout_b + rows.to(tl.int64)[:, None] * dout_t + h * dout_h + columns[None, :]
     g = tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
     logarithm = tl.load(lse + both * T + rows, mask=there, other=float("-inf"))
     logarithm = tl.where(logarithm == float("-inf"), float("inf"), logarithm * LOG2E)
-    at = stats + (both * (T_padded // BM) + tile) * (2 * BM) + tl.arange(0, BM)
+    number = both * (T_padded // BM) + tile
+    at = stats + number * (2 * BM) + tl.arange(0, BM)
     tl.store(at, logarithm)
     tl.store(at + BM, tl.sum(o * g, 1))
-    tl.store(sums + (both * T_padded + tile * BM) * D + tl.arange(0, BM * D), tl.zeros([BM * D], tl.float32))
+    if turns is None:
+        tl.store(sums + number * (BM * D) + tl.arange(0, BM * D), tl.zeros([BM * D], tl.float32))
+    else:
+        tl.store(turns + number, 0)
 
 
 @triton.jit
-def _finish(sums, dq, T, T_padded, H, scale, D: tl.constexpr, BM: tl.constexpr):
+def _finish(sums, turns, dq, T, T_padded, H, scale, D: tl.constexpr, BM: tl.constexpr):
     """The sums of dQ in their own order, scaled and rounded: one fragment of a tile of queries."""
     tile, both, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    fragment = tl.load(sums + (both * T_padded + tile * BM) * D + part * FRAGMENT + tl.arange(0, FRAGMENT)) * scale
+    at = sums + (both * T_padded + tile * BM) * D + part * FRAGMENT + tl.arange(0, FRAGMENT)
+    if turns is None:
+        fragment = tl.load(at) * scale
+    else:
+        # what no key adds to is not written either
+        written = tl.load(turns + both * (T_padded // BM) + tile) > 0
+        fragment = tl.load(at, mask=written, other=0.0) * scale
     x = tl.reshape(fragment, [8, 4, 8, 4, 2, 2])  # column octet, warp, row, lane in quad, row half, column of a pair
     x = tl.reshape(tl.permute(x, [1, 4, 2, 0, 3, 5]), [64, 64])
     row = tile * BM
@@ -91,8 +123,21 @@ def _finish(sums, dq, T, T_padded, H, scale, D: tl.constexpr, BM: tl.constexpr):
 def _place(sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr):
     """The program's sequence, its head of keys, its first key; and, by tile, the first and last queries that see it."""
     T, S, H, K, tiles, window, tokens = sizes
-    first = gl.program_id(0) % tiles * 128
-    both = gl.program_id(0) // tiles
+    heads = gl.num_programs(0) // tiles
+    section = (SECTION + tiles - 1) // tiles
+    if CAUSAL == LAST_FIRST:
+        section = 1
+    if CAUSAL:
+        head = gl.minimum(gl.program_id(0) // tiles, gl.maximum(heads - section, 0))
+        width = gl.where(head < heads - section, 1, heads - head)
+    else:
+        head = gl.program_id(0) // (section * tiles) * section
+        width = gl.minimum(section, heads - head)
+    rest = gl.program_id(0) - head * tiles
+    first = rest // width * 128
+    if CAUSAL == LAST_FIRST:
+        first = (tiles - 1) * 128 - first
+    both = head + rest % width
     before = S - T
     low = 0
     high = (T + BM - 1) // BM
@@ -168,6 +213,56 @@ def _producer(
             j += 1
 
 
+# --- the order of the sums -------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _before(first, i, sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr):
+    """Which 128 keys add to the sums of tile i of the queries right before those at `first`: their number and 1, or 0.
+
+    Their program has a lower number than this one. The device starts programs by number, so nobody waits for one that
+    it has no room for.
+    """
+    T, S, H, K, tiles, window, tokens = sizes
+    before = first // 128
+    if CAUSAL:
+        position = i * BM + S - T
+        last = gl.minimum((position + BM - 1) // 128, tiles - 1)
+        next = before + 1
+        if WINDOW:
+            farthest = gl.maximum(position - window + 1, 0) // 128
+            if GLOBALS:
+                farthest = gl.where(next * 128 < tokens, next, farthest)
+            next = gl.maximum(next, farthest)
+        before = gl.where(before < last, next + 1, 0)
+    return before
+
+
+@gluon.jit
+def _keeper(turns, order, sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr):
+    """Waits for this program's turn at each tile of queries, lets the consumers add to its sums, and passes it on."""
+    turn, added = order
+    T, S, H, K, tiles, window, tokens = sizes
+    b, kv_head, first, low, high = _place(sizes, CAUSAL, WINDOW, GLOBALS, BM)
+    group = H // K
+    query_tiles = (T + BM - 1) // BM
+    j = 0
+    for member in range(group):
+        for i in range(low, high):
+            at = turns + ((b * H + kv_head * group + member) * query_tiles + i)
+            at = at.to(gl.int64, bitcast=True)
+            before = _before(first, i, sizes, CAUSAL, WINDOW, GLOBALS, BM)
+            reached = gl.inline_asm_elementwise(READ_TURN, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+            while reached != before:
+                reached = gl.inline_asm_elementwise(READ_TURN, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+            mbarrier.arrive(turn, count=1)
+            # what the consumers have added is there for whoever sees the turn passed on: both orders are cumulative
+            mbarrier.wait(added, j & 1)
+            own = first // 128 + 1
+            gl.inline_asm_elementwise(PASS_TURN, "=r,l,r", [at, own], dtype=gl.int32, is_pure=False, pack=1)
+            j += 1
+
+
 # --- the consumers ---------------------------------------------------------------------------------------------------
 
 
@@ -186,16 +281,26 @@ def _dq(j, there, k_own, k_other, zero, ds_sm, ds_full, WHICH: gl.constexpr, BM:
 
 
 @gluon.jit
-def _add(dq, sums, number):
-    """Add a fragment to the sums, each thread the numbers it holds, four by four: in an order of its own, which lets
-    the threads of a warp write to neighbouring places."""
+def _add(dq, sums, number, before, order, j, ORDERED: gl.constexpr):
+    """Add step j's fragment to the sums, each thread the numbers it holds, four by four: in an order of its own, which
+    lets the threads of a warp write to neighbouring places. In turn, where that is kept: the first writes the sums,
+    which need no zeros then."""
     x = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([1024, 2, 2])
     even, odd = gl.split(x)
     x0, x2 = gl.split(even)
     x1, x3 = gl.split(odd)
     at = sums + number.to(gl.int64) * FRAGMENT + gl.arange(0, 1024, layout=x0.type.layout) * 4
     at = at.to(gl.int64, bitcast=True)
-    gl.inline_asm_elementwise(ADD_FOUR, "=r,l,f,f,f,f", [at, x0, x1, x2, x3], dtype=gl.int32, is_pure=False, pack=1)
+    if ORDERED:
+        turn, added = order
+        mbarrier.wait(turn, j & 1)
+        before = gl.full([1024], before, gl.int32, x0.type.layout)
+        given = [at, x0, x1, x2, x3, before]
+        gl.inline_asm_elementwise(ADD_OR_SET, "=r,l,f,f,f,f,r", given, dtype=gl.int32, is_pure=False, pack=1)
+        meet()
+        mbarrier.arrive(added, count=1)
+    else:
+        gl.inline_asm_elementwise(ADD, "=r,l,f,f,f,f", [at, x0, x1, x2, x3], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -206,10 +311,10 @@ def _rounded(x):
 
 @gluon.jit
 def _consumer(
-    given, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, SOFTCAP: gl.constexpr, BM: gl.constexpr,
-    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    given, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, SOFTCAP: gl.constexpr,
+    ORDERED: gl.constexpr, BM: gl.constexpr, WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    descriptors, sums, memory, barriers, sizes, scales = given
+    descriptors, sums, memory, barriers, order, sizes, scales = given
     qk_scale, scale, cap_scale = scales
     dk_desc, dv_desc = descriptors[5:]
     q_sm, k_sm, v_sm, do_sm, st_sm, ds_sm = memory
@@ -247,6 +352,7 @@ def _consumer(
         i = low
         head = kv_head * group
         number = ((b * H + head) * query_tiles + i) * 2 + WHICH
+        before = 0
         if D == 64:
             dk = warpgroup_mma_init(dk)
         for j in range(steps):
@@ -266,6 +372,10 @@ def _consumer(
             else:
                 s = warpgroup_mma_wait(2, deps=[s])
             if SOFTCAP:
+                # dQ here already: its registers are needed
+                dq = warpgroup_mma_wait(0, deps=[dq])
+                if j > 0:
+                    _add(dq, sums, number, before, order, j - 1, ORDERED)
                 s = capped(s, cap_scale)
                 slope = 1.0 - s * s
             s = _hidden(s, keys, first, i * BM + S - T, sizes, CAUSAL, WINDOW, GLOBALS, BM)
@@ -275,19 +385,22 @@ def _consumer(
             if SOFTCAP:
                 p = p * slope
             elif D == 64:
+                # a rounding more, and half the registers until dP is there
                 p_rounded = _rounded(p_rounded)
             p_operand = gl.convert_layout(p_rounded, operand, assert_trivial=True)
-            dq = warpgroup_mma_wait(0, deps=[dq])
-            if j > 0:
-                _add(dq, sums, number)
+            if not SOFTCAP:
+                dq = warpgroup_mma_wait(0, deps=[dq])
+                if j > 0:
+                    _add(dq, sums, number, before, order, j - 1, ORDERED)
             number = ((b * H + head) * query_tiles + i) * 2 + WHICH
+            if ORDERED:
+                before = _before(first, i, sizes, CAUSAL, WINDOW, GLOBALS, BM)
             mbarrier.wait(do_full.index(stage), phase)
             dp = warpgroup_mma(v_own, do.permute([1, 0]), zero_s, use_acc=False, is_async=True)
             dv = warpgroup_mma(p_operand, do, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=[dp])
             delta = stat.index(1).load(row_layout)
             if D == 64 and not SOFTCAP:
-                # the weights of dV serve here too: a rounding more, half the registers
                 p = p_rounded.to(gl.float32)
             ds = (p * (dp - delta[None, :])).to(dtype)
             ds_own = ds_sm.index((j % 2) * 2 + WHICH)
@@ -316,7 +429,7 @@ def _consumer(
             dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
         else:
             dq = warpgroup_mma_wait(0, deps=[dq])
-        _add(dq, sums, number)
+        _add(dq, sums, number, before, order, steps - 1, ORDERED)
     # the results leave through this consumer's values, which nobody reads any more
     v_own.store(dv.to(dtype))
     fence_async_shared()
@@ -336,9 +449,9 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["T", "S", "H", "K", "tiles", "window", "tokens", "qk_scale", "scale", "cap_scale"])
 def _backward(
-    q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc, sums, T, S, H, K, tiles, window, tokens, qk_scale,
-    scale, cap_scale, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, SOFTCAP: gl.constexpr,
-    BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc, sums, turns, T, S, H, K, tiles, window, tokens,
+    qk_scale, scale, cap_scale, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr,
+    SOFTCAP: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -367,16 +480,34 @@ def _backward(
     barriers = (q_full, q_empty, do_full, do_empty, kv_full, ds_full)
     sizes = (T, S, H, K, tiles, window, tokens)
     scales = (qk_scale, scale, cap_scale)
-    given = (descriptors, sums, memory, barriers, sizes, scales)
-    gl.warp_specialize(
-        [
-            (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, BM, 0, D, STAGES)),
-            (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, BM, 1, D, STAGES)),
-            (_producer, (descriptors, memory, barriers, sizes, CAUSAL, WINDOW, GLOBALS, BM, D, STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    ORDERED: gl.constexpr = turns is not None
+    turn = gl.allocate_shared_memory(gl.int64, [1], bar)
+    added = gl.allocate_shared_memory(gl.int64, [1], bar)
+    mbarrier.init(turn, count=1)
+    mbarrier.init(added, count=2)
+    order = (turn, added)
+    given = (descriptors, sums, memory, barriers, order, sizes, scales)
+    if ORDERED:
+        gl.warp_specialize(
+            [
+                (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, True, BM, 0, D, STAGES)),
+                (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, True, BM, 1, D, STAGES)),
+                (_producer, (descriptors, memory, barriers, sizes, CAUSAL, WINDOW, GLOBALS, BM, D, STAGES)),
+                (_keeper, (turns, order, sizes, CAUSAL, WINDOW, GLOBALS, BM)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, False, BM, 0, D, STAGES)),
+                (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, False, BM, 1, D, STAGES)),
+                (_producer, (descriptors, memory, barriers, sizes, CAUSAL, WINDOW, GLOBALS, BM, D, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
 
 
 def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -400,11 +531,12 @@ def backward(
     global_tokens: int = 0,
     scale: float,
     softcap: float | None = None,
+    deterministic: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, and delta (B, H, T), the sums of dout · out, of bfloat16 or float16 and a D of 64 or 128.
 
     window and global_tokens need causal: row i then sees key j if j <= i and (i - j < window or j < global_tokens).
-    softcap makes a score softcap tanh(scale q k / softcap).
+    softcap makes a score softcap tanh(scale q k / softcap). What is deterministic repeats bit for bit.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
@@ -412,12 +544,13 @@ def backward(
     query_tiles, key_tiles = triton.cdiv(T, rows), triton.cdiv(S, KEYS)
     stats = lse.new_empty(B * H * query_tiles * 2, rows)
     sums = lse.new_empty(B * H * query_tiles * rows * D)
+    turns = lse.new_empty(B * H * query_tiles, dtype=torch.int32) if deterministic else None
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     q, k, v, dout = mappable(q), mappable(k), mappable(v), mappable(dout)
     padded = query_tiles * rows
     score_scale, cap_scale = scales_of(scale, softcap)
     _prepare[(query_tiles, B * H)](
-        out, dout, lse, stats, sums, T, padded, *out.stride()[:3], *dout.stride()[:3], H, D, rows, LOG2E
+        out, dout, lse, stats, sums, turns, T, padded, *out.stride()[:3], *dout.stride()[:3], H, D, rows, LOG2E
     )
     _backward[(key_tiles * B * K,)](
         _describe(q, rows),
@@ -428,6 +561,7 @@ def backward(
         _describe(dk, 64),
         _describe(dv, 64),
         sums,
+        turns,
         T,
         S,
         H,
@@ -438,7 +572,7 @@ def backward(
         score_scale,
         scale,
         cap_scale,
-        causal,
+        LAST_FIRST.value if causal and deterministic else int(causal),
         window is not None,
         window is not None and global_tokens > 0,
         softcap is not None,
@@ -447,6 +581,6 @@ def backward(
         STAGES,
         num_warps=4,
     )
-    _finish[(query_tiles, B * H, rows * D // FRAGMENT.value)](sums, dq, T, padded, H, scale, D, rows)
+    _finish[(query_tiles, B * H, rows * D // FRAGMENT.value)](sums, turns, dq, T, padded, H, scale, D, rows)
     delta = stats.view(B, H, query_tiles, 2, rows)[:, :, :, 1].flatten(2)[:, :, :T]
     return dq, dk, dv, delta

@@ -41,6 +41,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 LOG2E = math.log2(math.e)
 _LOG2E: gl.constexpr = gl.constexpr(LOG2E)
 _LN2: gl.constexpr = gl.constexpr(math.log(2.0))
+# of tanh(x ln(2) / 2)
+_SERIES_1: gl.constexpr = gl.constexpr(math.log(2.0) / 2)
+_SERIES_3: gl.constexpr = gl.constexpr(-((math.log(2.0) / 2) ** 3) / 3)
+_SERIES_5: gl.constexpr = gl.constexpr((math.log(2.0) / 2) ** 5 * 2 / 15)
 _UNSEEN: gl.constexpr = gl.constexpr(-math.inf)
 
 
@@ -350,8 +354,8 @@ def capped(s, cap_scale):
     """
     x = s * cap_scale
     far = 1.0 - 2.0 * _reciprocal(1.0 + gl.exp2(x))
-    y = x * x * (_LN2 * _LN2 / 4)
-    near = x * (_LN2 / 2) * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15)))
+    y = x * x
+    near = x * (_SERIES_1 + y * (_SERIES_3 + y * _SERIES_5))
     return gl.where(gl.abs(x) < 0.18, near, far)
 
 
