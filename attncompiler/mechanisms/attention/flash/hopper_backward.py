@@ -8,10 +8,10 @@ product in the registers from which the next takes them (dV += Pᵀ dO, dK += dS
 next scores: each for 64 of its columns (D 128) or rows (D 64), and add it to what other programs found by atomic
 additions of four numbers at once. Those come in any order, so two runs differ in the last bits.
 
-Or in a fixed one: then another warp, the keeper, waits in its program's stead until the programs before have added to
-the sums of a tile of queries, and tells those after when its own has. That is free where programs reach a tile in the
-order in which they add. In causal order they do when the last keys, whose first queries come last, add first
-(as FlashAttention-3 has it); their programs must then start first too, so the longest end last, which costs some 6%.
+Or in a fixed one, where that is asked: another warp, the keeper, then waits in its program's stead until the programs
+before have added to the sums of a tile of queries, and tells those after when its own has. The consumers hardly wait
+where programs reach a tile in the order in which they add. In causal order they do when the last keys, whose first
+queries come last, add first, as in FlashAttention-3; their programs must start first too, and the longest end last.
 
 Layout: q, out, dout (B, T, H, D); k, v (B, S, K, D); lse (B, H, T) in float32, natural logarithm, −∞ on rows that see
 nothing. Query t stands at position t + S − T.
@@ -51,15 +51,7 @@ order those are the last heads alone, so that their longest programs, of the fir
 are done; before, one head at a time keeps what it reads and adds in the L2 cache."""
 FRAGMENT = tl.constexpr(64 * 64)
 """Numbers of dQ that a warpgroup adds at once, in the order in which its threads hold them."""
-ADD = tl.constexpr("red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
-ADD_OR_SET = tl.constexpr("""{
-    .reg .pred first;
-    setp.eq.s32 first, $6, 0;
-    @first st.relaxed.gpu.global.v4.f32 [$1], {$2, $3, $4, $5};
-    @!first red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5};
-    mov.b32 $0, 0;
-}""")
-"""By a predicate: a branch around the two has the compiler keep their addresses in registers that are not there."""
+ADD_FOUR = tl.constexpr("red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
 READ_TURN = tl.constexpr("ld.acquire.gpu.global.b32 $0, [$1];")
 PASS_TURN = tl.constexpr("st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;")
 
@@ -70,14 +62,16 @@ def _prepare(
     D: tl.constexpr, BM: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
     """For each tile of queries the lse in base 2, +∞ where a row sees nothing, then the sums of dout · out; and zeros
-    for the sums of dQ, or for whose turn it is to add to them."""
+    for the sums of dQ and, where an order is kept, for whose turn it is to add to them.
+
+    That and `_finish` move 14 bytes for each of dQ's numbers, at the speed of a copy.
+    """
     tile, both = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = both // H, both % H
     rows, columns = tile * BM + tl.arange(0, BM), tl.arange(0, D)
     there = rows < T
     at = out + b * out_b + rows.to(tl.int64)[:, None] * out_t + h * out_h + columns[None, :]
-    # nobody reads it again
-    o = tl.load(at, mask=there[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
+    o = tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
     at = dout + b * dout_b + rows.to(tl.int64)[:, None] * dout_t + h * dout_h + columns[None, :]
     g = tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
     logarithm = tl.load(lse + both * T + rows, mask=there, other=float("-inf"))
@@ -86,23 +80,16 @@ def _prepare(
     at = stats + number * (2 * BM) + tl.arange(0, BM)
     tl.store(at, logarithm)
     tl.store(at + BM, tl.sum(o * g, 1))
-    if turns is None:
-        tl.store(sums + number * (BM * D) + tl.arange(0, BM * D), tl.zeros([BM * D], tl.float32))
-    else:
+    tl.store(sums + number * (BM * D) + tl.arange(0, BM * D), tl.zeros([BM * D], tl.float32))
+    if turns is not None:
         tl.store(turns + number, 0)
 
 
 @triton.jit
-def _finish(sums, turns, dq, T, T_padded, H, scale, D: tl.constexpr, BM: tl.constexpr):
+def _finish(sums, dq, T, T_padded, H, scale, D: tl.constexpr, BM: tl.constexpr):
     """The sums of dQ in their own order, scaled and rounded: one fragment of a tile of queries."""
     tile, both, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    at = sums + (both * T_padded + tile * BM) * D + part * FRAGMENT + tl.arange(0, FRAGMENT)
-    if turns is None:
-        fragment = tl.load(at) * scale
-    else:
-        # what no key adds to is not written either
-        written = tl.load(turns + both * (T_padded // BM) + tile) > 0
-        fragment = tl.load(at, mask=written, other=0.0) * scale
+    fragment = tl.load(sums + (both * T_padded + tile * BM) * D + part * FRAGMENT + tl.arange(0, FRAGMENT)) * scale
     x = tl.reshape(fragment, [8, 4, 8, 4, 2, 2])  # column octet, warp, row, lane in quad, row half, column of a pair
     x = tl.reshape(tl.permute(x, [1, 4, 2, 0, 3, 5]), [64, 64])
     row = tile * BM
@@ -220,21 +207,22 @@ def _producer(
 def _before(first, i, sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr):
     """Which 128 keys add to the sums of tile i of the queries right before those at `first`: their number and 1, or 0.
 
-    Their program has a lower number than this one. The device starts programs by number, so nobody waits for one that
-    it has no room for.
+    Without a causal order the 128 before; in causal order the 128 after, or with a window the next after that see the
+    tile. Their program has a lower number than this one. The device starts programs by number, so nobody waits for one
+    that it has no room for.
     """
     T, S, H, K, tiles, window, tokens = sizes
     before = first // 128
     if CAUSAL:
         position = i * BM + S - T
         last = gl.minimum((position + BM - 1) // 128, tiles - 1)
-        next = before + 1
+        after = before + 1
         if WINDOW:
             farthest = gl.maximum(position - window + 1, 0) // 128
             if GLOBALS:
-                farthest = gl.where(next * 128 < tokens, next, farthest)
-            next = gl.maximum(next, farthest)
-        before = gl.where(before < last, next + 1, 0)
+                farthest = gl.where(after * 128 < tokens, after, farthest)
+            after = gl.maximum(after, farthest)
+        before = gl.where(before < last, after + 1, 0)
     return before
 
 
@@ -256,7 +244,7 @@ def _keeper(turns, order, sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLO
             while reached != before:
                 reached = gl.inline_asm_elementwise(READ_TURN, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
             mbarrier.arrive(turn, count=1)
-            # what the consumers have added is there for whoever sees the turn passed on: both orders are cumulative
+            # acquire and release are cumulative: who sees the turn passed on sees what the consumers have added
             mbarrier.wait(added, j & 1)
             own = first // 128 + 1
             gl.inline_asm_elementwise(PASS_TURN, "=r,l,r", [at, own], dtype=gl.int32, is_pure=False, pack=1)
@@ -281,26 +269,22 @@ def _dq(j, there, k_own, k_other, zero, ds_sm, ds_full, WHICH: gl.constexpr, BM:
 
 
 @gluon.jit
-def _add(dq, sums, number, before, order, j, ORDERED: gl.constexpr):
+def _add(dq, sums, number, order, j, ORDERED: gl.constexpr):
     """Add step j's fragment to the sums, each thread the numbers it holds, four by four: in an order of its own, which
-    lets the threads of a warp write to neighbouring places. In turn, where that is kept: the first writes the sums,
-    which need no zeros then."""
+    lets the threads of a warp write to neighbouring places."""
     x = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([1024, 2, 2])
     even, odd = gl.split(x)
     x0, x2 = gl.split(even)
     x1, x3 = gl.split(odd)
     at = sums + number.to(gl.int64) * FRAGMENT + gl.arange(0, 1024, layout=x0.type.layout) * 4
     at = at.to(gl.int64, bitcast=True)
+    turn, added = order
     if ORDERED:
-        turn, added = order
         mbarrier.wait(turn, j & 1)
-        before = gl.full([1024], before, gl.int32, x0.type.layout)
-        given = [at, x0, x1, x2, x3, before]
-        gl.inline_asm_elementwise(ADD_OR_SET, "=r,l,f,f,f,f,r", given, dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(ADD_FOUR, "=r,l,f,f,f,f", [at, x0, x1, x2, x3], dtype=gl.int32, is_pure=False, pack=1)
+    if ORDERED:
         meet()
         mbarrier.arrive(added, count=1)
-    else:
-        gl.inline_asm_elementwise(ADD, "=r,l,f,f,f,f", [at, x0, x1, x2, x3], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -318,7 +302,7 @@ def _consumer(
     qk_scale, scale, cap_scale = scales
     dk_desc, dv_desc = descriptors[5:]
     q_sm, k_sm, v_sm, do_sm, st_sm, ds_sm = memory
-    q_full, q_empty, do_full, do_empty, kv_full, ds_full = barriers
+    q_full, empty, do_full, _, kv_full, ds_full = barriers
     T, S, H, K, tiles, window, tokens = sizes
     dtype: gl.constexpr = q_sm.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -352,7 +336,6 @@ def _consumer(
         i = low
         head = kv_head * group
         number = ((b * H + head) * query_tiles + i) * 2 + WHICH
-        before = 0
         if D == 64:
             dk = warpgroup_mma_init(dk)
         for j in range(steps):
@@ -367,15 +350,14 @@ def _consumer(
             stat = st_sm.index(stage)._reinterpret(gl.float32, [2, BM], plain)
             if D == 64:
                 s, dk = warpgroup_mma_wait(2, deps=[s, dk])
-                mbarrier.arrive(q_empty.index((j + STAGES - 1) % STAGES), count=1, pred=j > 0)
-                mbarrier.arrive(do_empty.index((j + STAGES - 1) % STAGES), count=1, pred=j > 0)
+                mbarrier.arrive(empty.index((j + STAGES - 1) % STAGES), count=1, pred=j > 0)
             else:
                 s = warpgroup_mma_wait(2, deps=[s])
             if SOFTCAP:
                 # dQ here already: its registers are needed
                 dq = warpgroup_mma_wait(0, deps=[dq])
                 if j > 0:
-                    _add(dq, sums, number, before, order, j - 1, ORDERED)
+                    _add(dq, sums, number, order, j - 1, ORDERED)
                 s = capped(s, cap_scale)
                 slope = 1.0 - s * s
             s = _hidden(s, keys, first, i * BM + S - T, sizes, CAUSAL, WINDOW, GLOBALS, BM)
@@ -391,10 +373,8 @@ def _consumer(
             if not SOFTCAP:
                 dq = warpgroup_mma_wait(0, deps=[dq])
                 if j > 0:
-                    _add(dq, sums, number, before, order, j - 1, ORDERED)
+                    _add(dq, sums, number, order, j - 1, ORDERED)
             number = ((b * H + head) * query_tiles + i) * 2 + WHICH
-            if ORDERED:
-                before = _before(first, i, sizes, CAUSAL, WINDOW, GLOBALS, BM)
             mbarrier.wait(do_full.index(stage), phase)
             dp = warpgroup_mma(v_own, do.permute([1, 0]), zero_s, use_acc=False, is_async=True)
             dv = warpgroup_mma(p_operand, do, dv, is_async=True)
@@ -418,8 +398,7 @@ def _consumer(
                 fence_async_shared()
                 mbarrier.arrive(ds_full.index((j % 2) * 2 + WHICH), count=1)
                 dk, dv, p_operand, ds_operand = warpgroup_mma_wait(0, deps=[dk, dv, p_operand, ds_operand])
-                mbarrier.arrive(q_empty.index(stage), count=1)
-                mbarrier.arrive(do_empty.index(stage), count=1)
+                mbarrier.arrive(empty.index(stage), count=1)
             i += 1
             if i == high:
                 i = low
@@ -429,7 +408,7 @@ def _consumer(
             dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
         else:
             dq = warpgroup_mma_wait(0, deps=[dq])
-        _add(dq, sums, number, before, order, steps - 1, ORDERED)
+        _add(dq, sums, number, order, steps - 1, ORDERED)
     # the results leave through this consumer's values, which nobody reads any more
     v_own.store(dv.to(dtype))
     fence_async_shared()
@@ -462,22 +441,21 @@ def _backward(
     st_sm = gl.allocate_shared_memory(gl.float32, [STAGES, 2, BM], stats_desc.layout)
     ds_sm = gl.allocate_shared_memory(dtype, [4, 64, BM], gl.NVMMASharedLayout(128, 16, 2))
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     ds_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-        mbarrier.init(do_empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(4):
         mbarrier.init(ds_full.index(i), count=1)
     mbarrier.init(kv_full, count=1)
     descriptors = (q_desc, k_desc, v_desc, do_desc, stats_desc, dk_desc, dv_desc)
     memory = (q_sm, k_sm, v_sm, do_sm, st_sm, ds_sm)
-    barriers = (q_full, q_empty, do_full, do_empty, kv_full, ds_full)
+    # a stage's queries and gradients go back together: the consumers have done with both at once
+    barriers = (q_full, empty, do_full, empty, kv_full, ds_full)
     sizes = (T, S, H, K, tiles, window, tokens)
     scales = (qk_scale, scale, cap_scale)
     ORDERED: gl.constexpr = turns is not None
@@ -581,6 +559,6 @@ def backward(
         STAGES,
         num_warps=4,
     )
-    _finish[(query_tiles, B * H, rows * D // FRAGMENT.value)](sums, turns, dq, T, padded, H, scale, D, rows)
+    _finish[(query_tiles, B * H, rows * D // FRAGMENT.value)](sums, dq, T, padded, H, scale, D, rows)
     delta = stats.view(B, H, query_tiles, 2, rows)[:, :, :, 1].flatten(2)[:, :, :T]
     return dq, dk, dv, delta
