@@ -79,13 +79,13 @@ def test_long_calls_are_within_the_budget_or_refused(
 def test_heads_that_some_gpus_have_kernels_of_their_own_for_are_within_the_budget(
     mechanism: Mechanism, kernel: Kernel, dtype: torch.dtype, device: str, number: int
 ) -> None:
-    """Heads of 64 and 128, several tiles long, by lists and by segments."""
+    """Heads of 64 or 128, several tiles long, by lists and by segments."""
     if device == "cpu":
         pytest.skip("no kernel of a CPU knows such heads from others")
-    for D in (64, 128):
-        for (T, S), segments in (((384, 384), False), ((256, 640), False), ((384, 384), True), ((300, 300), True)):
-            case = prepared(case_of(TILED[number], (T, S), D, number % 2 == 1, False, segments), dtype, device)
-            if refusals_of(kernel, case):
-                continue
-            verdicts = conforms(mechanism, kernel_call(kernel.name), case, dtype)
-            assert all(verdict.ok for verdict in verdicts), "\n".join([f"{D} {T} {S}", *map(str, verdicts)])
+    D = 64 if number % 4 < 2 else 128  # each is compiled anew
+    for (T, S), segments in (((384, 384), False), ((256, 640), False), ((384, 384), True), ((300, 300), True)):
+        case = prepared(case_of(TILED[number], (T, S), D, number % 2 == 1, False, segments), dtype, device)
+        if refusals_of(kernel, case):
+            continue
+        verdicts = conforms(mechanism, kernel_call(kernel.name), case, dtype)
+        assert all(verdict.ok for verdict in verdicts), "\n".join([f"{T} {S} {segments}", *map(str, verdicts)])

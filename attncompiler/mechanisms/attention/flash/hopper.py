@@ -79,8 +79,9 @@ def forward(device: Device, inputs: Tensors, options: AttentionOptions) -> dict[
 
 
 def serves_backward(device: Device, inputs: Tensors, options: AttentionOptions) -> bool:
-    """Whether the backward of a call is one that these kernels compute; they add up dq in any order."""
-    return not options.deterministic and options.softcap is None and serves(device, inputs, options, 0)
+    """Whether the backward of a call is one that these kernels compute; they keep an order of sums by indices alone."""
+    known = _simple(options.pattern) and "segment_ids" not in inputs
+    return (known or not options.deterministic) and serves(device, inputs, options, 0)
 
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
@@ -99,6 +100,8 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         window=window,
         global_tokens=global_tokens,
         scale=options.softmax_scale(inputs["q"].shape[-1]),
+        softcap=options.softcap,
+        deterministic=options.deterministic,
         visits=_visits(inputs, options, hopper_backward.queries_of(inputs["q"].shape[-1]), transposed=True),
     )
     found = {"q": dq, "k": dk, "v": dv}

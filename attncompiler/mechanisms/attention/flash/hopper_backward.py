@@ -8,6 +8,11 @@ product in the registers from which the next takes them (dV += Pᵀ dO, dK += dS
 next scores: each for 64 of its columns (D 128) or rows (D 64), and add it to what other programs found by atomic
 additions of four numbers at once. Those come in any order, so two runs differ in the last bits.
 
+Or in a fixed one, where that is asked: another warp, the keeper, then waits in its program's stead until the programs
+before have added to the sums of a tile of queries, and tells those after when its own has. The consumers hardly wait
+where programs reach a tile in the order in which they add. In causal order they do when the last keys, whose first
+queries come last, add first, as in FlashAttention-3; their programs must start first too, and the longest end last.
+
 Layout: q, out, dout (B, T, H, D); k, v (B, S, K, D); lse (B, H, T) in float32, natural logarithm, −∞ on rows that see
 nothing. Query t stands at position t + S − T.
 """
@@ -26,11 +31,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from attncompiler.mechanisms.attention.flash.hopper_forward import mappable
+from attncompiler.mechanisms.attention.flash.hopper_forward import capped, mappable, scales_of
 from attncompiler.mechanisms.attention.flash.hopper_tables import Visits, seen, steps, tile_at, walk, whole_steps
 
 meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
@@ -38,18 +44,29 @@ meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 LOG2E = math.log2(math.e)
 KEYS = 128
 STAGES = 2
+LAST_FIRST = tl.constexpr(2)
+"""As CAUSAL: in causal order, the programs of the last keys first."""
+SECTION = tl.constexpr(264)
+"""Programs, about, of the heads that are worked on side by side, twice as many as a device runs at once. In causal
+order those are the last heads alone, so that their longest programs, of the first keys, do not run on when all others
+are done; before, one head at a time keeps what it reads and adds in the L2 cache."""
 FRAGMENT = tl.constexpr(64 * 64)
 """Numbers of dQ that a warpgroup adds at once, in the order in which its threads hold them."""
 ADD_FOUR = tl.constexpr("red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;")
+READ_TURN = tl.constexpr("ld.acquire.gpu.global.b32 $0, [$1];")
+PASS_TURN = tl.constexpr("st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;")
 
 
 @triton.jit
 def _prepare(
-    out, dout, lse, stats, sums, T, T_padded, out_b, out_t, out_h, dout_b, dout_t, dout_h, H,
+    out, dout, lse, stats, sums, turns, T, T_padded, out_b, out_t, out_h, dout_b, dout_t, dout_h, H,
     D: tl.constexpr, BM: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
     """For each tile of queries the lse in base 2, +∞ where a row sees nothing, then the sums of dout · out; and zeros
-    for the sums of dQ."""
+    for the sums of dQ and, where an order is kept, for whose turn it is to add to them.
+
+    That and `_finish` move 14 bytes for each of dQ's numbers, at the speed of a copy.
+    """
     tile, both = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = both // H, both % H
     rows, columns = tile * BM + tl.arange(0, BM), tl.arange(0, D)
@@ -60,10 +77,13 @@ def _prepare(
     g = tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
     logarithm = tl.load(lse + both * T + rows, mask=there, other=float("-inf"))
     logarithm = tl.where(logarithm == float("-inf"), float("inf"), logarithm * LOG2E)
-    at = stats + (both * (T_padded // BM) + tile) * (2 * BM) + tl.arange(0, BM)
+    number = both * (T_padded // BM) + tile
+    at = stats + number * (2 * BM) + tl.arange(0, BM)
     tl.store(at, logarithm)
     tl.store(at + BM, tl.sum(o * g, 1))
-    tl.store(sums + (both * T_padded + tile * BM) * D + tl.arange(0, BM * D), tl.zeros([BM * D], tl.float32))
+    tl.store(sums + number * (BM * D) + tl.arange(0, BM * D), tl.zeros([BM * D], tl.float32))
+    if turns is not None:
+        tl.store(turns + number, 0)
 
 
 @triton.jit
@@ -100,8 +120,20 @@ def _place(sizes, tables, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: g
         both = gl.where(later < 0, program % heads, later // light)
         number = gl.load(tables.order + gl.where(later < 0, program // heads, heavy + later % light))
     else:
-        both = program // tiles
-        number = program % tiles
+        section = (SECTION + tiles - 1) // tiles
+        if CAUSAL == LAST_FIRST:
+            section = 1
+        if CAUSAL:
+            head = gl.minimum(program // tiles, gl.maximum(heads - section, 0))
+            width = gl.where(head < heads - section, 1, heads - head)
+        else:
+            head = program // (section * tiles) * section
+            width = gl.minimum(section, heads - head)
+        rest = program - head * tiles
+        number = rest // width
+        if CAUSAL == LAST_FIRST:
+            number = tiles - 1 - number
+        both = head + rest % width
     first = number * 128
     if tables.rows is not None:
         where = walk(tables, both // K, number, True, tiles)
@@ -230,6 +262,60 @@ def _producer(
             j += 1
 
 
+# --- the order of the sums -------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _before(first, i, sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr):
+    """Which 128 keys add to the sums of tile i of the queries right before those at `first`: their number and 1, or 0.
+
+    Without a causal order the 128 before; in causal order the 128 after, or with a window the next after that see the
+    tile. Their program has a lower number than this one. The device starts programs by number, so nobody waits for one
+    that it has no room for.
+    """
+    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
+    before = first // 128
+    if CAUSAL:
+        position = i * BM + S - T
+        last = gl.minimum((position + BM - 1) // 128, tiles - 1)
+        after = before + 1
+        if WINDOW:
+            farthest = gl.maximum(position - window + 1, 0) // 128
+            if GLOBALS:
+                farthest = gl.where(after * 128 < tokens, after, farthest)
+            after = gl.maximum(after, farthest)
+        before = gl.where(before < last, after + 1, 0)
+    return before
+
+
+@gluon.jit
+def _keeper(
+    turns, order, sizes, tables, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr
+):
+    """Waits for this program's turn at each tile of queries, lets the consumers add to its sums, and passes it on."""
+    turn, added = order
+    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
+    b, kv_head, first, where = _place(sizes, tables, CAUSAL, WINDOW, GLOBALS, BM)
+    low, high = where
+    group = H // K
+    query_tiles = (T + BM - 1) // BM
+    j = 0
+    for member in range(group):
+        for i in range(low, high):
+            at = turns + ((b * H + kv_head * group + member) * query_tiles + i)
+            at = at.to(gl.int64, bitcast=True)
+            before = _before(first, i, sizes, CAUSAL, WINDOW, GLOBALS, BM)
+            reached = gl.inline_asm_elementwise(READ_TURN, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+            while reached != before:
+                reached = gl.inline_asm_elementwise(READ_TURN, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+            mbarrier.arrive(turn, count=1)
+            # acquire and release are cumulative: who sees the turn passed on sees what the consumers have added
+            mbarrier.wait(added, j & 1)
+            own = first // 128 + 1
+            gl.inline_asm_elementwise(PASS_TURN, "=r,l,r", [at, own], dtype=gl.int32, is_pure=False, pack=1)
+            j += 1
+
+
 # --- the consumers ---------------------------------------------------------------------------------------------------
 
 
@@ -248,27 +334,40 @@ def _dq(j, there, k_own, k_other, zero, ds_sm, ds_full, WHICH: gl.constexpr, BM:
 
 
 @gluon.jit
-def _add(dq, sums, number):
-    """Add a fragment to the sums, each thread the numbers it holds, four by four: in an order of its own, which lets
-    the threads of a warp write to neighbouring places."""
+def _add(dq, sums, number, order, j, ORDERED: gl.constexpr):
+    """Add step j's fragment to the sums, each thread the numbers it holds, four by four: in an order of its own, which
+    lets the threads of a warp write to neighbouring places."""
     x = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5]).reshape([1024, 2, 2])
     even, odd = gl.split(x)
     x0, x2 = gl.split(even)
     x1, x3 = gl.split(odd)
     at = sums + number.to(gl.int64) * FRAGMENT + gl.arange(0, 1024, layout=x0.type.layout) * 4
     at = at.to(gl.int64, bitcast=True)
+    turn, added = order
+    if ORDERED:
+        mbarrier.wait(turn, j & 1)
     gl.inline_asm_elementwise(ADD_FOUR, "=r,l,f,f,f,f", [at, x0, x1, x2, x3], dtype=gl.int32, is_pure=False, pack=1)
+    if ORDERED:
+        meet()
+        mbarrier.arrive(added, count=1)
+
+
+@gluon.jit
+def _rounded(x):
+    """x, of 16 bits, such that the compiler does not know what it was rounded from and lets go of that."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
 def _consumer(
-    descriptors, sums, memory, barriers, sizes, tables, qk_scale, scale,
-    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr,
-    WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    given, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, SOFTCAP: gl.constexpr,
+    ORDERED: gl.constexpr, BM: gl.constexpr, WHICH: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    descriptors, sums, memory, barriers, order, sizes, tables, scales = given
+    qk_scale, scale, cap_scale = scales
     dk_desc, dv_desc = descriptors[6:]
     q_sm, k_sm, v_sm, do_sm, st_sm, rows_sm, ds_sm = memory
-    q_full, q_empty, do_full, do_empty, kv_full, ds_full = barriers
+    q_full, empty, do_full, _, kv_full, ds_full = barriers
     T, S, H, K, tiles, window, tokens, heavy, heads = sizes
     dtype: gl.constexpr = q_sm.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -307,6 +406,8 @@ def _consumer(
         tile = _tile(0, where, tables)
         head = kv_head * group
         number = ((b * H + head) * query_tiles + tile) * 2 + WHICH
+        if D == 64:
+            dk = warpgroup_mma_init(dk)
         for j in range(visits):
             stage = j % STAGES
             phase = (j // STAGES) & 1
@@ -317,39 +418,70 @@ def _consumer(
             # dQ of the step before; the first step's is of what memory held, and goes nowhere
             dq = _dq(j - 1, j > 0, k_for_own, k_for_other, zero_q, ds_sm, ds_full, WHICH, BM)
             stat = st_sm.index(stage)._reinterpret(gl.float32, [2, BM], plain)
-            s = warpgroup_mma_wait(2, deps=[s])
+            if D == 64:
+                s, dk = warpgroup_mma_wait(2, deps=[s, dk])
+                mbarrier.arrive(empty.index((j + STAGES - 1) % STAGES), count=1, pred=j > 0)
+            else:
+                s = warpgroup_mma_wait(2, deps=[s])
+            if SOFTCAP:
+                # dQ here already: its registers are needed
+                dq = warpgroup_mma_wait(0, deps=[dq])
+                if j > 0:
+                    _add(dq, sums, number, order, j - 1, ORDERED)
+                s = capped(s, cap_scale)
+                slope = 1.0 - s * s
             s = _hidden(
                 s, keys, classes, first, i, tile, where, rows_sm, stage, sizes, tables, CAUSAL, WINDOW, GLOBALS, BM
             )
             lse = stat.index(0).load(row_layout)
             p = gl.exp2(s * qk_scale - lse[None, :])
-            p_operand = gl.convert_layout(p.to(dtype), operand, assert_trivial=True)
-            dq = warpgroup_mma_wait(0, deps=[dq])
-            if j > 0:
-                _add(dq, sums, number)
+            p_rounded = p.to(dtype)
+            if SOFTCAP:
+                p = p * slope
+            elif D == 64:
+                # a rounding more, and half the registers until dP is there
+                p_rounded = _rounded(p_rounded)
+            p_operand = gl.convert_layout(p_rounded, operand, assert_trivial=True)
+            if not SOFTCAP:
+                dq = warpgroup_mma_wait(0, deps=[dq])
+                if j > 0:
+                    _add(dq, sums, number, order, j - 1, ORDERED)
             number = ((b * H + head) * query_tiles + tile) * 2 + WHICH
             mbarrier.wait(do_full.index(stage), phase)
             dp = warpgroup_mma(v_own, do.permute([1, 0]), zero_s, use_acc=False, is_async=True)
             dv = warpgroup_mma(p_operand, do, dv, is_async=True)
             dp = warpgroup_mma_wait(1, deps=[dp])
             delta = stat.index(1).load(row_layout)
+            if D == 64 and not SOFTCAP:
+                p = p_rounded.to(gl.float32)
             ds = (p * (dp - delta[None, :])).to(dtype)
-            ds_operand = gl.convert_layout(ds, operand, assert_trivial=True)
-            dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
-            ds_sm.index((j % 2) * 2 + WHICH).store(ds)
-            fence_async_shared()
-            mbarrier.arrive(ds_full.index((j % 2) * 2 + WHICH), count=1)
-            dk, dv, p_operand, ds_operand = warpgroup_mma_wait(0, deps=[dk, dv, p_operand, ds_operand])
-            mbarrier.arrive(q_empty.index(stage), count=1)
-            mbarrier.arrive(do_empty.index(stage), count=1)
+            ds_own = ds_sm.index((j % 2) * 2 + WHICH)
+            if D == 64:
+                # dK runs on into the next step, from shared memory: it needs no registers meanwhile
+                ds_own.store(ds)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index((j % 2) * 2 + WHICH), count=1)
+                dk = warpgroup_mma(ds_own, q, dk, is_async=True)
+                dv, p_operand = warpgroup_mma_wait(1, deps=[dv, p_operand])
+            else:
+                ds_operand = gl.convert_layout(ds, operand, assert_trivial=True)
+                dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+                ds_own.store(ds)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index((j % 2) * 2 + WHICH), count=1)
+                dk, dv, p_operand, ds_operand = warpgroup_mma_wait(0, deps=[dk, dv, p_operand, ds_operand])
+                mbarrier.arrive(empty.index(stage), count=1)
             i += 1
             if i == count:
                 i = 0
                 head += 1
             tile = _tile(i, where, tables)
         dq = _dq(visits - 1, True, k_for_own, k_for_other, zero_q, ds_sm, ds_full, WHICH, BM)
-        dq = warpgroup_mma_wait(0, deps=[dq])
-        _add(dq, sums, number)
+        if D == 64:
+            dk, dq = warpgroup_mma_wait(0, deps=[dk, dq])
+        else:
+            dq = warpgroup_mma_wait(0, deps=[dq])
+        _add(dq, sums, number, order, visits - 1, ORDERED)
     # the results leave through this consumer's values, which nobody reads any more
     v_own.store(dv.to(dtype))
     fence_async_shared()
@@ -367,11 +499,13 @@ def _consumer(
 # --- the kernel and its launch ---------------------------------------------------------------------------------------
 
 
-@gluon.jit(do_not_specialize=["T", "S", "H", "K", "tiles", "window", "tokens", "heavy", "qk_scale", "scale"])
+@gluon.jit(
+    do_not_specialize=["T", "S", "H", "K", "tiles", "window", "tokens", "heavy", "qk_scale", "scale", "cap_scale"]
+)
 def _backward(
-    q_desc, k_desc, v_desc, do_desc, stats_desc, rows_desc, dk_desc, dv_desc, sums, tables, T, S, H, K, tiles, window,
-    tokens, heavy, qk_scale, scale, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr,
-    BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, stats_desc, rows_desc, dk_desc, dv_desc, sums, turns, tables, T, S, H, K, tiles,
+    window, tokens, heavy, qk_scale, scale, cap_scale, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    GLOBALS: gl.constexpr, SOFTCAP: gl.constexpr, BM: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
@@ -386,70 +520,51 @@ def _backward(
         rows_sm = gl.allocate_shared_memory(gl.int32, [STAGES, FIELDS, BM], rows_desc.layout)
     ds_sm = gl.allocate_shared_memory(dtype, [4, 64, BM], gl.NVMMASharedLayout(128, 16, 2))
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
-    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     ds_full = gl.allocate_shared_memory(gl.int64, [4, 1], bar)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], bar)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(do_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
-        mbarrier.init(do_empty.index(i), count=2)
+        mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(4):
         mbarrier.init(ds_full.index(i), count=1)
     mbarrier.init(kv_full, count=1)
     descriptors = (q_desc, k_desc, v_desc, do_desc, stats_desc, rows_desc, dk_desc, dv_desc)
     memory = (q_sm, k_sm, v_sm, do_sm, st_sm, rows_sm, ds_sm)
-    barriers = (q_full, q_empty, do_full, do_empty, kv_full, ds_full)
+    # a stage's queries and gradients go back together: the consumers have done with both at once
+    barriers = (q_full, empty, do_full, empty, kv_full, ds_full)
     sizes = (T, S, H, K, tiles, window, tokens, heavy, gl.num_programs(0) // tiles)
-    gl.warp_specialize(
-        [
-            (
-                _consumer,
-                (
-                    descriptors,
-                    sums,
-                    memory,
-                    barriers,
-                    sizes,
-                    tables,
-                    qk_scale,
-                    scale,
-                    CAUSAL,
-                    WINDOW,
-                    GLOBALS,
-                    BM,
-                    0,
-                    D,
-                    STAGES,
-                ),
-            ),
-            (
-                _consumer,
-                (
-                    descriptors,
-                    sums,
-                    memory,
-                    barriers,
-                    sizes,
-                    tables,
-                    qk_scale,
-                    scale,
-                    CAUSAL,
-                    WINDOW,
-                    GLOBALS,
-                    BM,
-                    1,
-                    D,
-                    STAGES,
-                ),
-            ),
-            (_producer, (descriptors, memory, barriers, sizes, tables, CAUSAL, WINDOW, GLOBALS, BM, D, STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    scales = (qk_scale, scale, cap_scale)
+    ORDERED: gl.constexpr = turns is not None
+    turn = gl.allocate_shared_memory(gl.int64, [1], bar)
+    added = gl.allocate_shared_memory(gl.int64, [1], bar)
+    mbarrier.init(turn, count=1)
+    mbarrier.init(added, count=2)
+    order = (turn, added)
+    given = (descriptors, sums, memory, barriers, order, sizes, tables, scales)
+    if ORDERED:
+        gl.warp_specialize(
+            [
+                (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, True, BM, 0, D, STAGES)),
+                (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, True, BM, 1, D, STAGES)),
+                (_producer, (descriptors, memory, barriers, sizes, tables, CAUSAL, WINDOW, GLOBALS, BM, D, STAGES)),
+                (_keeper, (turns, order, sizes, tables, CAUSAL, WINDOW, GLOBALS, BM)),
+            ],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, False, BM, 0, D, STAGES)),
+                (_consumer, (given, CAUSAL, WINDOW, GLOBALS, SOFTCAP, False, BM, 1, D, STAGES)),
+                (_producer, (descriptors, memory, barriers, sizes, tables, CAUSAL, WINDOW, GLOBALS, BM, D, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
 
 
 def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -477,11 +592,14 @@ def backward(
     window: int | None = None,
     global_tokens: int = 0,
     scale: float,
+    softcap: float | None = None,
+    deterministic: bool = False,
     visits: Visits | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, and delta (B, H, T), the sums of dout · out, of bfloat16 or float16 and a D of 64 or 128.
 
     window and global_tokens need causal: row i then sees key j if j <= i and (i - j < window or j < global_tokens).
+    softcap makes a score softcap tanh(scale q k / softcap). What is deterministic repeats bit for bit.
     With visits, of tiles of `queries_of(D)` queries, the tables alone say what is seen.
     """
     B, T, H, D = q.shape
@@ -497,11 +615,13 @@ def backward(
     query_tiles, key_tiles = triton.cdiv(T, rows), triton.cdiv(S, KEYS)
     stats = lse.new_empty(B * H * query_tiles * 2, rows)
     sums = lse.new_empty(B * H * query_tiles * rows * D)
+    turns = lse.new_empty(B * H * query_tiles, dtype=torch.int32) if deterministic else None
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     q, k, v, dout = mappable(q), mappable(k), mappable(v), mappable(dout)
     padded = query_tiles * rows
+    score_scale, cap_scale = scales_of(scale, softcap)
     _prepare[(query_tiles, B * H)](
-        out, dout, lse, stats, sums, T, padded, *out.stride()[:3], *dout.stride()[:3], H, D, rows, LOG2E
+        out, dout, lse, stats, sums, turns, T, padded, *out.stride()[:3], *dout.stride()[:3], H, D, rows, LOG2E
     )
     _backward[(key_tiles * B * K,)](
         _describe(q, rows),
@@ -513,6 +633,7 @@ def backward(
         _describe(dk, 64),
         _describe(dv, 64),
         sums,
+        turns,
         visits.tables,
         T,
         S,
@@ -522,11 +643,13 @@ def backward(
         window or 0,
         global_tokens,
         visits.heavy,
-        scale * LOG2E,
+        score_scale,
         scale,
-        causal,
+        cap_scale,
+        LAST_FIRST.value if causal and deterministic else int(causal),
         window is not None,
         globals_,
+        softcap is not None,
         rows,
         D,
         STAGES,

@@ -42,6 +42,10 @@ from attncompiler.mechanisms.attention.flash.hopper_tables import Visits, seen, 
 LOG2E = math.log2(math.e)
 _LOG2E: gl.constexpr = gl.constexpr(LOG2E)
 _LN2: gl.constexpr = gl.constexpr(math.log(2.0))
+# of tanh(x ln(2) / 2)
+_SERIES_1: gl.constexpr = gl.constexpr(math.log(2.0) / 2)
+_SERIES_3: gl.constexpr = gl.constexpr(-((math.log(2.0) / 2) ** 3) / 3)
+_SERIES_5: gl.constexpr = gl.constexpr((math.log(2.0) / 2) ** 5 * 2 / 15)
 _UNSEEN: gl.constexpr = gl.constexpr(-math.inf)
 
 
@@ -327,10 +331,23 @@ def _reciprocal(x):
 
 
 @gluon.jit
+def capped(s, cap_scale):
+    """tanh of a softcap's argument: cap_scale is 2 log2(e) scale / cap, and of the score the cap remains to be
+    multiplied.
+
+    tanh(x) = 1 - 2 / (1 + exp(2 x)), and near 0, where that leaves nothing of a score far below its cap, by its series.
+    """
+    x = s * cap_scale
+    far = 1.0 - 2.0 * _reciprocal(1.0 + gl.exp2(x))
+    y = x * x
+    near = x * (_SERIES_1 + y * (_SERIES_3 + y * _SERIES_5))
+    return gl.where(gl.abs(x) < 0.18, near, far)
+
+
+@gluon.jit
 def _capped(s, cap_scale, P: gl.constexpr):
     if P.softcap:
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)); cap_scale is 2 log2(e) scale / cap, and scale is the cap.
-        s = 1.0 - 2.0 * _reciprocal(1.0 + gl.exp2(s * cap_scale))
+        s = capped(s, cap_scale)
     return s
 
 
@@ -722,6 +739,17 @@ def _plan(width: int, **options: bool) -> Plan:
     return Plan(width, consumers=2, stages=2 if width == 128 else 4, registers=240, producer_registers=24, **options)
 
 
+def scales_of(scale: float, softcap: float | None) -> tuple[float, float]:
+    """What makes q k a score in base 2; with a softcap what makes it that of its `capped`, and the argument of this.
+
+    A cap beyond 1e±30 acts as one there, and keeps both numbers within float32.
+    """
+    if softcap is None:
+        return scale * LOG2E, 0.0
+    softcap = min(max(softcap, 1e-30), 1e30)
+    return softcap * LOG2E, 2.0 * LOG2E * scale / softcap
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -778,10 +806,7 @@ def forward(
     section = group
     if (causal and window is None) or tabled:
         section *= max(4, (16 << 20) // (2 * S * D * q.element_size()))
-    cap_scale = 0.0
-    if softcap is not None:
-        cap_scale = 2.0 * LOG2E * scale / softcap
-        scale = softcap
+    scale, cap_scale = scales_of(scale, softcap)
     programs = min(tiles, multiprocessors)
     _attention[(programs,)](
         _describe(q, 64),
@@ -803,7 +828,7 @@ def forward(
         window or 0,
         global_tokens,
         visits.heavy,
-        scale * LOG2E,
+        scale,
         cap_scale,
         plan,
         num_warps=4,
