@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from attncompiler.mechanisms.attention.flash import kernel, launch
 from attncompiler.mechanisms.attention.op import AttentionOptions
-from attncompiler.mechanisms.attention.pattern import Causal, Random, SlidingWindow, Strided
+from attncompiler.mechanisms.attention.pattern import Causal, LocalGlobal, Random, SlidingWindow, Strided
 
 
 class NoDevice:
@@ -68,8 +68,22 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
-def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
-    """One call of every way through the kernels, at every width and dtype, each of few tokens."""
+def calls(capability: int) -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
+    """One call of every way through the kernels of an architecture, at every width and dtype, each of few tokens."""
+    if capability == 90:
+        for width in (64, 128):
+            for asked in ({"softcap": 30.0}, {"deterministic": True}):
+                yield call(torch.bfloat16, width, 256, Causal(), **asked)
+            both = {"softcap": 30.0, "deterministic": True}
+            yield call(torch.bfloat16, width, 256, SlidingWindow(window=100, global_tokens=3), **both)
+        for width in (64, 128):
+            for pattern in (Causal(), SlidingWindow(window=100, global_tokens=3)):
+                tensors, options = call(torch.bfloat16, width, 256, pattern)
+                yield tensors | {"segment_ids": torch.zeros(1, 256, dtype=torch.int64)}, options
+        yield call(torch.bfloat16, 64, 256, Strided(block_size=8, stride=4, window=2))
+        for width in (64, 128):
+            yield call(torch.bfloat16, width, 256, LocalGlobal(block_size=8, local_blocks=2, global_blocks=1))
+            yield call(torch.bfloat16, width, 256, Random(block_size=128, random_blocks=1, local_blocks=1))
     for dtype in (torch.float32, torch.bfloat16):
         for width in (64, 128, 256):
             yield call(dtype, width, 256, Causal())
@@ -94,17 +108,18 @@ def calls() -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
 
 
 def call(
-    dtype: torch.dtype, width: int, T: int, pattern: Any, *, values: int = 0
+    dtype: torch.dtype, width: int, T: int, pattern: Any, *, values: int = 0, **asked: Any
 ) -> tuple[dict[str, torch.Tensor], AttentionOptions]:
     sizes = {"q": (T, 4, width), "k": (256, 2, width), "v": (256, 2, values or width)}
-    return {name: torch.zeros(1, *size, dtype=dtype) for name, size in sizes.items()}, AttentionOptions(pattern=pattern)
+    tensors = {name: torch.zeros(1, *size, dtype=dtype) for name, size in sizes.items()}
+    return tensors, AttentionOptions(pattern=pattern, **asked)
 
 
 def main(capability: int, shared_memory: int) -> None:
     triton.runtime.driver.set_active(NoDevice(capability))
     kernel.device_of = lambda device: launch.Device(shared_memory, 132, divmod(capability, 10))
     rows = []
-    for tensors, options in calls():
+    for tensors, options in calls(capability):
         found: list[Any] = []
         with compiling(found):
             outputs = kernel.forward(tensors, options)
@@ -118,6 +133,8 @@ def main(capability: int, shared_memory: int) -> None:
                     "width": tensors["q"].shape[-1],
                     "tokens": tensors["q"].shape[1],
                     "pattern": options.pattern.kind,
+                    "softcap": options.softcap is not None,
+                    "deterministic": options.deterministic,
                     "options": sorted(tensors.keys() - {"q", "k", "v"}),
                     "shared": made.metadata.shared,
                     "tf32": ".tf32" in made.asm["ptx"],

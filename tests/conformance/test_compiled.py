@@ -36,13 +36,25 @@ def test_kernels_fit_an_architecture_that_is_not_here(capability: int) -> None:
 
 @pytest.mark.slow
 def test_hopper_runs_its_own_kernels() -> None:
-    """Heads of 64 and 128 in 16 bits, by index and by lists; others run the kernels for every architecture."""
-    rows = [row for row in compiled(90) if row["dtype"] == "bfloat16" and row["tokens"] > 1 and not row["options"]]
-    forward = {(row["width"], row["pattern"]) for row in rows if row["kernel"] == "_attention"}
-    assert forward == {(64, "causal"), (128, "causal"), (128, "sliding_window"), (128, "strided")}
-    backward = {(row["width"], row["pattern"]) for row in rows if row["kernel"] == "_backward"}
-    assert backward == {(64, "causal"), (128, "causal"), (128, "sliding_window")}
+    """Heads of 64 and 128 in 16 bits, by index, by lists and by segments, capped and deterministic; others run the
+    kernels for every architecture."""
+    rows = [row for row in compiled(90) if row["dtype"] == "bfloat16" and row["tokens"] > 1]
+    patterns = ("causal", "strided", "local_global", "random")
+    known = {(width, pattern) for width in (64, 128) for pattern in patterns} | {(128, "sliding_window")}
+    known |= {(width, "causal", asked) for width in (64, 128) for asked in ("softcap", "deterministic")}
+    known |= {(width, "sliding_window", "softcap", "deterministic") for width in (64, 128)}
+    known |= {(width, pattern, "segment_ids") for width in (64, 128) for pattern in ("causal", "sliding_window")}
+    assert ways(rows, "_attention") == ways(rows, "_backward") == known
     assert all(row["wgmma"] for row in rows if row["kernel"] in ("_attention", "_backward"))
+
+
+def ways(rows: list[dict[str, Any]], kernel: str) -> set[tuple[Any, ...]]:
+    """The widths, patterns and options for which a kernel was compiled."""
+    return {
+        (row["width"], row["pattern"], *row["options"], *(name for name in ("softcap", "deterministic") if row[name]))
+        for row in rows
+        if row["kernel"] == kernel
+    }
 
 
 def compiled(capability: int) -> list[dict[str, Any]]:

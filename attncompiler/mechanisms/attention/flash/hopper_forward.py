@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 import triton
@@ -38,31 +37,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from attncompiler.mechanisms.attention.flash.hopper_tables import Visits, seen, steps, tile_at, walk, whole_steps
+
 LOG2E = math.log2(math.e)
 _LOG2E: gl.constexpr = gl.constexpr(LOG2E)
 _LN2: gl.constexpr = gl.constexpr(math.log(2.0))
+# of tanh(x ln(2) / 2)
+_SERIES_1: gl.constexpr = gl.constexpr(math.log(2.0) / 2)
+_SERIES_3: gl.constexpr = gl.constexpr(-((math.log(2.0) / 2) ** 3) / 3)
+_SERIES_5: gl.constexpr = gl.constexpr((math.log(2.0) / 2) ** 5 * 2 / 15)
 _UNSEEN: gl.constexpr = gl.constexpr(-math.inf)
-
-
-class TileLists(NamedTuple):
-    """Which tiles of 128 keys each 128 queries visit, and what a row of a partial tile sees; int32, on the device.
-
-    Block of rows b visits full_indices[full_offsets[b]:full_offsets[b + 1]] unmasked, and its partial tiles masked:
-    row i sees column j if lo[i] <= j < hi[i] or j < glob[i] or row_class[i] == col_class[j] (where there are
-    classes), and begin[i] <= j < stop[i].
-    """
-
-    full_offsets: torch.Tensor
-    full_indices: torch.Tensor
-    partial_offsets: torch.Tensor
-    partial_indices: torch.Tensor
-    lo: torch.Tensor
-    hi: torch.Tensor
-    glob: torch.Tensor
-    begin: torch.Tensor
-    stop: torch.Tensor
-    row_class: torch.Tensor | None = None
-    col_class: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +59,8 @@ class Plan:
     globals: bool = False
     softcap: bool = False
     sinks: bool = False
-    lists: bool = False
+    tabled: bool = False
+    listed: bool = False
     classes: bool = False
     half: bool = False
     block: int = 128
@@ -103,86 +88,86 @@ class Plan:
 
 
 @gluon.jit
-def _decode(tile, sizes):
-    """Heads section by section, for the L2 cache; within a section the last rows, the longest, first."""
-    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens = sizes
-    first = tile // (section * row_blocks) * section
-    rest = tile % (section * row_blocks)
+def _decode(tile, sizes, tables, P: gl.constexpr):
+    """Heads section by section, for the L2 cache; within a section the last rows, the longest, first. Listed rows that
+    are far longer than others come before all sections."""
+    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens, heavy = sizes
+    later = tile - heavy * heads
+    light = row_blocks - heavy
+    first = later // (section * light) * section
+    rest = later % (section * light)
     width = gl.minimum(section, heads - first)
     head = first + rest % width
-    row_block = gl.where(tile < tiles, row_blocks - 1 - rest // width, -1)
+    if P.listed:
+        rank = heavy + rest // width
+        if later < 0:
+            head = tile % heads
+            rank = tile // heads
+        row_block = gl.load(tables.order + rank, mask=tile < tiles, other=-1)
+    else:
+        row_block = gl.where(tile < tiles, row_blocks - 1 - rest // width, -1)
     return row_block, head // H, head % H
 
 
 @gluon.jit
-def _walk(row_block, sizes, tables, P: gl.constexpr):
-    """The key tiles of a block of rows, as four numbers for `_steps`, `_tile_at` and `_own`.
+def _walk(row_block, batch, sizes, tables, P: gl.constexpr):
+    """The key tiles of a block of rows, as numbers for `_steps`, `_tile_at` and `_own`.
 
-    By rule: hi, lo, front, 0, for tiles hi - 1 .. lo and then the global ones, front - 1 .. 0.
-    By lists: where the partial tiles start, how many they are, and the same of the full ones.
+    By rule: hi, lo, front, for tiles hi - 1 .. lo and then the global ones, front - 1 .. 0.
     """
-    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens = sizes
-    if P.lists:
-        full_offsets, full_indices, partial_offsets, partial_indices = tables[:4]
-        known = row_block >= 0
-        a = gl.load(partial_offsets + row_block, mask=known, other=0)
-        b = gl.load(partial_offsets + row_block + 1, mask=known, other=0) - a
-        c = gl.load(full_offsets + row_block, mask=known, other=0)
-        d = gl.load(full_offsets + row_block + 1, mask=known, other=0) - c
+    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens, heavy = sizes
+    if P.tabled:
+        return walk(tables, batch, row_block, row_block >= 0, row_blocks)
     else:
         last = (S + P.block - 1) // P.block
-        a = last
-        b = 0
-        c = 0
-        d = 0
+        hi = last
+        lo = 0
+        front = 0
         if P.causal:
             first = row_block * P.rows + S - T
-            a = gl.minimum(last, gl.maximum(first + P.rows + P.block - 1, 0) // P.block)
+            hi = gl.minimum(last, gl.maximum(first + P.rows + P.block - 1, 0) // P.block)
             if P.window:
-                b = gl.maximum(first - window + 1, 0) // P.block
+                lo = gl.maximum(first - window + 1, 0) // P.block
                 if P.globals:
-                    c = gl.minimum(b, (global_tokens + P.block - 1) // P.block)
+                    front = gl.minimum(lo, (global_tokens + P.block - 1) // P.block)
             # Rows without a visible key visit one tile past the end, which every mask rejects.
-            if a <= b:
-                a = last + 1
-                b = last
-    return a, b, c, d
+            if hi <= lo:
+                hi = last + 1
+                lo = last
+        return hi, lo, front
 
 
 @gluon.jit
-def _steps(a, b, c, d, P: gl.constexpr):
-    if P.lists:
-        steps = gl.maximum(b + d, 1)
+def _steps(where, tables, P: gl.constexpr):
+    if P.tabled:
+        count = gl.maximum(steps(tables, where), 1)
     else:
-        steps = a - b + c
-    return steps
+        count = where[0] - where[1] + where[2]
+    return count
 
 
 @gluon.jit
-def _tile_at(i, a, b, c, d, sizes, tables, P: gl.constexpr):
-    if P.lists:
-        full_offsets, full_indices, partial_offsets, partial_indices = tables[:4]
-        past = (sizes[1] + P.block - 1) // P.block
-        full = gl.load(full_indices + c + i - b, mask=(i >= b) & (i < b + d), other=past)
-        j = gl.load(partial_indices + a + i, mask=i < b, other=0)
-        j = gl.where(i < b, j, full)
+def _tile_at(i, where, sizes, tables, P: gl.constexpr):
+    if P.tabled:
+        j = tile_at(tables, i, where, (sizes[1] + P.block - 1) // P.block)
     else:
-        j = a - 1 - i
+        j = where[0] - 1 - i
         if P.globals:
-            j = gl.where(j < b, c - 1 - (i - (a - b)), j)
+            j = gl.where(j < where[1], where[2] - 1 - (i - (where[0] - where[1])), j)
     return j
 
 
 @gluon.jit
-def _own(start, a, b, c, d, sizes, P: gl.constexpr):
+def _own(start, where, sizes, tables, P: gl.constexpr):
     """Of these tiles, for the 64 rows from start: how many to skip, the first that needs no mask, and the first after
     it that does."""
-    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens = sizes
+    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens, heavy = sizes
     skip = 0
-    if P.lists:
-        unmasked = gl.where(b + d == 0, 1, b)
-        masked = b + d
+    if P.tabled:
+        unmasked, masked = whole_steps(tables, where)
+        unmasked = gl.where(steps(tables, where) == 0, 1, unmasked)
     elif P.causal:
+        a, b, c = where
         first = start + S - T
         hi = gl.minimum(a, gl.maximum(b, gl.maximum(first + 64 + P.block - 1, 0) // P.block))
         skip = gl.minimum(a - hi, a - b + c - 1)
@@ -194,8 +179,8 @@ def _own(start, a, b, c, d, sizes, P: gl.constexpr):
         unmasked = a - full_hi
         masked = a - full_lo
     else:
-        unmasked = a - S // P.block
-        masked = a
+        unmasked = where[0] - S // P.block
+        masked = where[0]
     return skip, unmasked, masked
 
 
@@ -203,17 +188,15 @@ def _own(start, a, b, c, d, sizes, P: gl.constexpr):
 
 
 @gluon.jit
-def _publish(row_block, batch, head, a, b, c, d, turn, slot, s_full, s_empty, P: gl.constexpr):
+def _publish(row_block, batch, head, where, turn, slot, s_full, s_empty, P: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     mbarrier.wait(s_empty, (turn & 1) ^ 1)
     slot.index(0).store(gl.full([1], row_block, gl.int32, layout))
     slot.index(1).store(gl.full([1], batch, gl.int32, layout))
     slot.index(2).store(gl.full([1], head, gl.int32, layout))
-    if P.lists:
-        slot.index(3).store(gl.full([1], a, gl.int32, layout))
-        slot.index(4).store(gl.full([1], b, gl.int32, layout))
-        slot.index(5).store(gl.full([1], c, gl.int32, layout))
-        slot.index(6).store(gl.full([1], d, gl.int32, layout))
+    if P.tabled:
+        for word in gl.static_range(len(where)):
+            slot.index(3 + word).store(gl.full([1], where[word], gl.int32, layout))
     mbarrier.arrive(s_full, count=1)
 
 
@@ -227,12 +210,12 @@ def _fetch(desc, batch, row, head, full, smem, stage, P: gl.constexpr, pred=True
 def _producer(q_desc, k_desc, v_desc, counter, memory, barriers, sizes, tables, P: gl.constexpr):
     q_smem, k_smem, v_smem, o_smem, slot = memory
     q_full, q_empty, k_full, v_full, released, s_full, s_empty = barriers
-    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens = sizes
+    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens, heavy = sizes
     CONSUMERS: gl.constexpr = P.consumers
     programs = gl.num_programs(0)
-    row_block, batch, head = _decode(gl.program_id(0), sizes)
-    a, b, c, d = _walk(row_block, sizes, tables, P)
-    _publish(row_block, batch, head, a, b, c, d, 0, slot, s_full, s_empty, P)
+    row_block, batch, head = _decode(gl.program_id(0), sizes, tables, P)
+    where = _walk(row_block, batch, sizes, tables, P)
+    _publish(row_block, batch, head, where, 0, slot, s_full, s_empty, P)
     turn = 0
     count = 0
     v_batch = 0
@@ -251,10 +234,10 @@ def _producer(q_desc, k_desc, v_desc, counter, memory, barriers, sizes, tables, 
                 q_smem.index(buffer * P.consumers + which),
             )
         kv_head = head // group
-        steps = _steps(a, b, c, d, P)
+        visits = _steps(where, tables, P)
         i = 0
-        while i < steps:
-            row = _tile_at(i, a, b, c, d, sizes, tables, P) * P.block
+        while i < visits:
+            row = _tile_at(i, where, sizes, tables, P) * P.block
             stage = count % P.stages
             mbarrier.wait(released.index(stage), ((count // P.stages) & 1) ^ 1)
             _fetch(k_desc, batch, row, kv_head, k_full, k_smem, stage, P)
@@ -265,10 +248,10 @@ def _producer(q_desc, k_desc, v_desc, counter, memory, barriers, sizes, tables, 
             v_row = row
             count += 1
             i += 1
-        row_block, batch, head = _decode(tile, sizes)
-        a, b, c, d = _walk(row_block, sizes, tables, P)
+        row_block, batch, head = _decode(tile, sizes, tables, P)
+        where = _walk(row_block, batch, sizes, tables, P)
         turn += 1
-        _publish(row_block, batch, head, a, b, c, d, turn, slot, s_full, s_empty, P)
+        _publish(row_block, batch, head, where, turn, slot, s_full, s_empty, P)
     stage = count % P.stages
     mbarrier.wait(released.index(stage), ((count // P.stages) & 1) ^ 1)
     _fetch(v_desc, v_batch, v_row, v_head, v_full, v_smem, (count + P.stages - 1) % P.stages, P)
@@ -283,20 +266,26 @@ def _word(slot, i):
 
 
 @gluon.jit
+def _words(slot, P: gl.constexpr):
+    """What `walk` found."""
+    if P.listed:
+        return _word(slot, 3), _word(slot, 4), _word(slot, 5), _word(slot, 6)
+    else:
+        return _word(slot, 3), _word(slot, 4), _word(slot, 5), _word(slot, 6), _word(slot, 7), _word(slot, 8)
+
+
+@gluon.jit
 def _take(turn, slot, s_full, s_empty, sizes, tables, P: gl.constexpr):
     mbarrier.wait(s_full, turn & 1)
     row_block = _word(slot, 0)
     batch = _word(slot, 1)
     head = _word(slot, 2)
-    if P.lists:
-        a = _word(slot, 3)
-        b = _word(slot, 4)
-        c = _word(slot, 5)
-        d = _word(slot, 6)
+    if P.tabled:
+        where = _words(slot, P)
     else:
-        a, b, c, d = _walk(row_block, sizes, tables, P)
+        where = _walk(row_block, batch, sizes, tables, P)
     mbarrier.arrive(s_empty, count=1)
-    return row_block, batch, head, a, b, c, d
+    return row_block, batch, head, where
 
 
 @gluon.jit
@@ -342,44 +331,42 @@ def _reciprocal(x):
 
 
 @gluon.jit
+def capped(s, cap_scale):
+    """tanh of a softcap's argument: cap_scale is 2 log2(e) scale / cap, and of the score the cap remains to be
+    multiplied.
+
+    tanh(x) = 1 - 2 / (1 + exp(2 x)), and near 0, where that leaves nothing of a score far below its cap, by its series.
+    """
+    x = s * cap_scale
+    far = 1.0 - 2.0 * _reciprocal(1.0 + gl.exp2(x))
+    y = x * x
+    near = x * (_SERIES_1 + y * (_SERIES_3 + y * _SERIES_5))
+    return gl.where(gl.abs(x) < 0.18, near, far)
+
+
+@gluon.jit
 def _capped(s, cap_scale, P: gl.constexpr):
     if P.softcap:
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)); cap_scale is 2 log2(e) scale / cap, and scale is the cap.
-        s = 1.0 - 2.0 * _reciprocal(1.0 + gl.exp2(s * cap_scale))
+        s = capped(s, cap_scale)
     return s
 
 
 @gluon.jit
-def _length(begin, end):
-    return gl.maximum(end - begin, 0).to(gl.uint32)
-
-
-@gluon.jit
-def _within(cols, begin, length):
-    """begin <= cols < begin + length, by one unsigned comparison."""
-    return (cols - begin[:, None]).to(gl.uint32, bitcast=True) < length[:, None]
-
-
-@gluon.jit
-def _limits(start, sizes, tables, P: gl.constexpr):
+def _limits(start, batch, sizes, tables, P: gl.constexpr):
     """What `_masked` needs of the 64 rows from start."""
-    if P.lists:
-        row_lo, row_hi, row_glob, row_begin, row_stop, row_class, col_class = tables[4:]
+    if P.tabled:
         layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P.block, 16]))
-        rows = start + gl.arange(0, 64, layout=layout)
-        real = rows < sizes[0]
-        lo = gl.load(row_lo + rows, mask=real, other=0)
-        hi = gl.load(row_hi + rows, mask=real, other=0)
-        glob = gl.load(row_glob + rows, mask=real, other=0)
-        begin = gl.load(row_begin + rows, mask=real, other=0)
-        stop = gl.minimum(gl.load(row_stop + rows, mask=real, other=0), sizes[1])
-        lo = gl.maximum(lo, begin)
-        span = _length(lo, gl.minimum(hi, stop))
-        front = _length(begin, gl.minimum(glob, stop))
-        if P.classes:
-            return lo, span, begin, front, _length(begin, stop), gl.load(row_class + rows, mask=real, other=0)
+        padded = sizes[4] * P.rows
+        FIELDS: gl.constexpr = 4 if P.globals or P.classes else 2
+        at = tables.rows + start + gl.arange(0, 64, layout=layout)
+        if not P.listed:
+            at += batch.to(gl.int64) * FIELDS * padded
+        low = gl.load(at)
+        span = gl.load(at + padded)
+        if FIELDS == 4:
+            return low, span, gl.load(at + 2 * padded), gl.load(at + 3 * padded)
         else:
-            return lo, span, begin, front
+            return low, span, low, span
     else:
         return (start,)
 
@@ -387,30 +374,33 @@ def _limits(start, sizes, tables, P: gl.constexpr):
 @gluon.jit
 def _masked(s, limits, j, sizes, tables, P: gl.constexpr):
     """Columns are counted from the tile's first one, which makes them constants of the code."""
-    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens = sizes
+    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens, heavy = sizes
     layout: gl.constexpr = s.type.layout
     N: gl.constexpr = s.shape[1]
     columns = gl.arange(0, N, layout=gl.SliceLayout(0, layout))
     cols = columns[None, :]
     left = j * P.block
-    if P.lists:
-        lo, span, begin, front = limits[:4]
-        seen = _within(cols, lo - left, span) | _within(cols, begin - left, front)
+    if P.tabled:
+        of_row: gl.constexpr = gl.SliceLayout(1, layout)
+        low = gl.convert_layout(limits[0], of_row, assert_trivial=True)[:, None]
+        span = gl.convert_layout(limits[1], of_row, assert_trivial=True)[:, None]
+        third = gl.convert_layout(limits[2], of_row, assert_trivial=True)[:, None]
+        fourth = gl.convert_layout(limits[3], of_row, assert_trivial=True)[:, None]
+        classes = cols
         if P.classes:
-            classes = gl.load(tables[10] + left + columns, mask=columns < S - left, other=0)
-            alike = limits[5][:, None] == classes[None, :]
-            seen = seen | (alike & _within(cols, begin - left, limits[4]))
+            classes = gl.load(tables.classes + left + columns, mask=columns < S - left, other=0)[None, :]
+        found = seen(cols, left, low, span, third, fourth, classes, P.globals, P.classes)
     elif P.causal:
         rows = (limits[0] + S - T - left + gl.arange(0, 64, layout=gl.SliceLayout(1, layout)))[:, None]
-        seen = cols <= rows
+        found = cols <= rows
         if P.window:
             near = cols > rows - window
             if P.globals:
                 near = near | (cols < global_tokens - left)
-            seen = seen & near
+            found = found & near
     else:
-        seen = cols < S - left
-    return gl.where(seen, s, _UNSEEN)
+        found = cols < S - left
+    return gl.where(found, s, _UNSEEN)
 
 
 @gluon.jit
@@ -501,7 +491,7 @@ def _consumer(
 ):
     q_smem, k_smem, v_smem, o_smem, slot = memory
     q_full, q_empty, k_full, v_full, released, s_full, s_empty = barriers
-    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens = sizes
+    T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens, heavy = sizes
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P.block, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P.width, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -512,16 +502,16 @@ def _consumer(
         _turn(0, "arrive")
     turn = 0
     count = 0
-    row_block, batch, head, a, b, c, d = _take(turn, slot, s_full, s_empty, sizes, tables, P)
+    row_block, batch, head, where = _take(turn, slot, s_full, s_empty, sizes, tables, P)
     start = row_block * P.rows + WHICH * 64
-    skip, unmasked, masked = _own(start, a, b, c, d, sizes, P)
+    skip, unmasked, masked = _own(start, where, sizes, tables, P)
     q = q_smem.index(WHICH).reshape([64, P.width])
     mbarrier.wait(q_full.index(0), 0)
     _await(k_full, count + skip, P)
     s_first = _scores(q, k_smem, count + skip, FIRST, P)
     while row_block >= 0:
-        limits = _limits(start, sizes, tables, P)
-        steps = _steps(a, b, c, d, P)
+        limits = _limits(start, batch, sizes, tables, P)
+        visits = _steps(where, tables, P)
         q = q_smem.index((turn & 1) * P.consumers + WHICH).reshape([64, P.width])
         s = _capped(warpgroup_mma_wait(0, deps=[s_first]), cap_scale, P)
         mbarrier.arrive(released.index(count % P.stages), count=1)
@@ -533,7 +523,7 @@ def _consumer(
                 _turn(WHICH, "sync")
                 _turn((WHICH + 1) % P.consumers, "arrive")
         if (skip < unmasked) | (skip >= masked):
-            s = _masked(s, limits, _tile_at(skip, a, b, c, d, sizes, tables, P), sizes, tables, P)
+            s = _masked(s, limits, _tile_at(skip, where, sizes, tables, P), sizes, tables, P)
         m = gl.max(s, 1)
         even, odd, l = _exponentials(s, scale, m)
         p = _packed(even, odd, v_smem.dtype)
@@ -548,14 +538,14 @@ def _consumer(
         count += 1
         i = skip + 1
         if P.overlap:
-            _await(k_full, count, P, pred=i < steps)
+            _await(k_full, count, P, pred=i < visits)
         # One loop with a branch for the mask, not a masked loop and a plain one: where the first of two was skipped,
         # ptxas 12.8 left the second's descriptor of Q unset, and the scores came out wrong.
-        while i < steps:
+        while i < visits:
             mask = (i < unmasked) | (i >= masked)
             j = 0
             if mask:
-                j = _tile_at(i, a, b, c, d, sizes, tables, P)
+                j = _tile_at(i, where, sizes, tables, P)
             o, p, m, l, alpha = _step(
                 q,
                 memory,
@@ -566,7 +556,7 @@ def _consumer(
                 l,
                 alpha,
                 count,
-                i + 1 == steps,
+                i + 1 == visits,
                 mask,
                 j,
                 limits,
@@ -587,9 +577,9 @@ def _consumer(
         o = _weigh(o, operand, v_smem, count - 1, P)
         _turn((WHICH + 1) % P.consumers, "arrive")
         start_now, batch_now, head_now = start, batch, head
-        row_block, batch, head, a, b, c, d = _take(turn + 1, slot, s_full, s_empty, sizes, tables, P)
+        row_block, batch, head, where = _take(turn + 1, slot, s_full, s_empty, sizes, tables, P)
         start = row_block * P.rows + WHICH * 64
-        skip, unmasked, masked = _own(start, a, b, c, d, sizes, P)
+        skip, unmasked, masked = _own(start, where, sizes, tables, P)
         # After the last tile there is none to begin: the product is issued all the same, over what the rings hold,
         # and never read. A branch around it would make the assembler wait for each product in flight.
         more = row_block >= 0
@@ -644,6 +634,7 @@ def _consumer(
         "tiles",
         "window",
         "global_tokens",
+        "heavy",
         "scale",
         "cap_scale",
     ]
@@ -656,17 +647,7 @@ def _attention(
     lse_ptr,
     sinks_ptr,
     counter,
-    full_offsets,
-    full_indices,
-    partial_offsets,
-    partial_indices,
-    row_lo,
-    row_hi,
-    row_glob,
-    row_begin,
-    row_stop,
-    row_class,
-    col_class,
+    tables,
     T,
     S,
     H,
@@ -677,6 +658,7 @@ def _attention(
     tiles,
     window,
     global_tokens,
+    heavy,
     scale,
     cap_scale,
     P: gl.constexpr,
@@ -689,7 +671,7 @@ def _attention(
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, P.block, 1, P.width], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, P.block, 1, P.width], v_desc.layout)
     o_smem = gl.allocate_shared_memory(dtype, [P.consumers, 1, 64, 1, P.width], o_desc.layout)
-    slot = gl.allocate_shared_memory(gl.int32, [7, 1], word)
+    slot = gl.allocate_shared_memory(gl.int32, [9, 1], word)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -709,20 +691,7 @@ def _attention(
     fence_async_shared()
     memory = (q_smem, k_smem, v_smem, o_smem, slot)
     barriers = (q_full, q_empty, k_full, v_full, released, s_full, s_empty)
-    sizes = (T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens)
-    tables = (
-        full_offsets,
-        full_indices,
-        partial_offsets,
-        partial_indices,
-        row_lo,
-        row_hi,
-        row_glob,
-        row_begin,
-        row_stop,
-        row_class,
-        col_class,
-    )
+    sizes = (T, S, H, group, row_blocks, heads, section, tiles, window, global_tokens, heavy)
     if P.consumers == 2:
         gl.warp_specialize(
             [
@@ -764,10 +733,21 @@ def mappable(x: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _plan(width: int, **options: bool) -> Plan:
-    if width == 64 and not options["lists"]:
+    if width == 64 and not options["tabled"]:
         return Plan(width, consumers=3, stages=3, registers=160, producer_registers=32, **options)
-    # The lists speak of 128 rows, so of two consumers.
+    # The tables speak of 128 rows, so of two consumers.
     return Plan(width, consumers=2, stages=2 if width == 128 else 4, registers=240, producer_registers=24, **options)
+
+
+def scales_of(scale: float, softcap: float | None) -> tuple[float, float]:
+    """What makes q k a score in base 2; with a softcap what makes it that of its `capped`, and the argument of this.
+
+    A cap beyond 1e±30 acts as one there, and keeps both numbers within float32.
+    """
+    if softcap is None:
+        return scale * LOG2E, 0.0
+    softcap = min(max(softcap, 1e-30), 1e30)
+    return softcap * LOG2E, 2.0 * LOG2E * scale / softcap
 
 
 def forward(
@@ -781,15 +761,15 @@ def forward(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    lists: TileLists | None = None,
+    visits: Visits | None = None,
     multiprocessors: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and the logarithm of each row's denominator, of bfloat16 or float16 and a D of 64 or 128.
 
     window and global_tokens need causal: row i then sees key j if j <= i and (i - j < window or j < global_tokens).
     softcap makes a score softcap tanh(scale q k / softcap). sinks (H,), float32, are logits that join the
-    denominators of rows that see a key. With lists, these alone say what is seen, and S is a multiple of 128: a tile
-    that is listed as full is not masked.
+    denominators of rows that see a key. With visits, the tables alone say what is seen; causal then says that rows
+    of segments see nothing that is later, T being S.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
@@ -797,18 +777,24 @@ def forward(
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if min(q.numel(), k.numel()) == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    if lists is not None:
-        causal, window = False, None
+    diagonal = causal and D == 128 and (S - T) % 128 == 0
+    tabled = visits is not None
+    if visits is None:
+        visits = Visits.none()
+    else:
+        # rows that the tables list meet the diagonal in no order that could be relied on
+        causal, window, diagonal = False, None, diagonal and visits.ranged
     plan = _plan(
         D,
         causal=causal,
         window=window is not None,
-        globals=window is not None and global_tokens > 0,
+        globals=visits.globals if tabled else window is not None and global_tokens > 0,
         softcap=softcap is not None,
         sinks=sinks is not None,
-        lists=lists is not None,
-        classes=lists is not None and lists.row_class is not None,
-        half=causal and D == 128 and (S - T) % 128 == 0,
+        tabled=tabled,
+        listed=visits.listed,
+        classes=visits.classes,
+        half=diagonal,
     )
     q, k, v = mappable(q), mappable(k), mappable(v)
     rows, block = int(plan.rows), int(plan.block)
@@ -818,14 +804,10 @@ def forward(
     # Heads whose tiles run side by side. Alike tiles of one head share its keys best; tiles of unlike lengths want
     # more heads to fill the gaps with, within what the L2 cache holds.
     section = group
-    if (causal and window is None) or lists is not None:
+    if (causal and window is None) or tabled:
         section *= max(4, (16 << 20) // (2 * S * D * q.element_size()))
-    cap_scale = 0.0
-    if softcap is not None:
-        cap_scale = 2.0 * LOG2E * scale / softcap
-        scale = softcap
+    scale, cap_scale = scales_of(scale, softcap)
     programs = min(tiles, multiprocessors)
-    tables = lists if lists is not None else (None,) * len(TileLists._fields)
     _attention[(programs,)](
         _describe(q, 64),
         _describe(k, block),
@@ -834,7 +816,7 @@ def forward(
         lse,
         sinks,
         torch.zeros(1, dtype=torch.int32, device=q.device),
-        *tables,
+        visits.tables,
         T,
         S,
         H,
@@ -845,7 +827,8 @@ def forward(
         tiles,
         window or 0,
         global_tokens,
-        scale * LOG2E,
+        visits.heavy,
+        scale,
         cap_scale,
         plan,
         num_warps=4,

@@ -100,7 +100,7 @@ class Sight:
 def _of_pattern(pattern: Pattern, layer: int, T: int, S: int, device: torch.device) -> tuple[Rows, Columns]:
     rows = torch.arange(S - T, S, device=device)[None]
     columns = torch.arange(S, device=device)[None]
-    table = _table(pattern, rows, rows, torch.zeros_like(rows), torch.full_like(rows, S))
+    table = row_table(pattern, rows, rows, torch.zeros_like(rows), torch.full_like(rows, S))
     return _described(pattern, layer, table, rows, columns, torch.full_like(rows, S))
 
 
@@ -146,7 +146,7 @@ def _near(pattern: Pattern, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return low, high, nothing
 
 
-def _table(pattern: Pattern, i: Tensor, column: Tensor, begin: Tensor, stop: Tensor) -> Tensor:
+def row_table(pattern: Pattern, i: Tensor, column: Tensor, begin: Tensor, stop: Tensor) -> Tensor:
     """The table of rows (B or 1, FIELDS, T) of queries at positions i, whose own columns are `column`, all (B or 1, T).
 
     They see nothing outside begin … stop − 1, and position 0 is at column − i.
@@ -203,7 +203,7 @@ def _of_masks(inputs: Tensors, options: AttentionOptions) -> Sight:
             begin, stop = _runs(ids)
     if mask is not None:
         stop = torch.where(query_mask(mask, T, S), stop, -FAR)
-    table = _table(pattern, i, index if indexed else i, begin, stop)
+    table = row_table(pattern, i, index if indexed else i, begin, stop)
     rows, columns = _described(pattern, options.layer, table, i, j, sequence_lengths(inputs, pattern, j))
     if mask is not None:
         columns = columns._replace(real=_vectors(mask))
