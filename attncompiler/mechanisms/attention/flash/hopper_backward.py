@@ -63,7 +63,7 @@ def _prepare(
     D: tl.constexpr, BM: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
     """For each tile of queries the lse in base 2, +∞ where a row sees nothing, then the sums of dout · out; and zeros
-    for the sums of dQ and, where an order is kept, for whose turn it is to add to them.
+    for the sums of dQ and, where an order is kept, for the programs' numbers and for whose turn it is to add.
 
     That and `_finish` move 14 bytes for each of dQ's numbers, at the speed of a copy.
     """
@@ -83,7 +83,9 @@ def _prepare(
     tl.store(at + BM, tl.sum(o * g, 1))
     tl.store(sums + number * (BM * D) + tl.arange(0, BM * D), tl.zeros([BM * D], tl.float32))
     if turns is not None:
-        tl.store(turns + number, 0)
+        tl.store(turns + 1 + number, 0)
+        if number == 0:
+            tl.store(turns, 0)
 
 
 @triton.jit
@@ -111,8 +113,7 @@ def _finish(sums, dq, T, T_padded, H, scale, D: tl.constexpr, BM: tl.constexpr):
 def _place(sizes, tables, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr):
     """The program's sequence, its head of keys, its first key; and the tiles of queries that see it, for the functions
     below: by index the first and the last one."""
-    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
-    program = gl.program_id(0)
+    T, S, H, K, tiles, window, tokens, heavy, heads, program = sizes
     if tables.order is not None:
         # the tiles that most queries see come first, of all heads; the others head by head, for the L2 cache
         later = program - heavy * heads
@@ -178,7 +179,7 @@ def _hidden(
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: gl.constexpr, BM: gl.constexpr,
 ):  # fmt: skip
     """Scores of 64 keys and the queries of the i-th tile, −∞ where a query does not see a key."""
-    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
+    T, S, H, K, tiles, window, tokens, heavy, heads, program = sizes
     if tables.rows is not None:
         unmasked, masked = whole_steps(tables, where)
         if (i < unmasked) | (i >= masked):
@@ -227,7 +228,7 @@ def _producer(
     q_desc, k_desc, v_desc, do_desc, stats_desc, rows_desc = descriptors[:6]
     q_sm, k_sm, v_sm, do_sm, st_sm, rows_sm = memory[:6]
     q_full, q_empty, do_full, do_empty, kv_full, ds_full = barriers
-    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
+    T, S, H, K, tiles, window, tokens, heavy, heads, program = sizes
     b, kv_head, first, where = _place(sizes, tables, CAUSAL, WINDOW, GLOBALS, BM)
     count = _count(where, tables)
     group = H // K
@@ -270,10 +271,10 @@ def _before(first, i, sizes, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS
     """Which 128 keys add to the sums of tile i of the queries right before those at `first`: their number and 1, or 0.
 
     Without a causal order the 128 before; in causal order the 128 after, or with a window the next after that see the
-    tile. Their program has a lower number than this one. The device starts programs by number, so nobody waits for one
-    that it has no room for.
+    tile. Their program has a lower number than this one, and programs are numbered as they start: nobody waits for one
+    that the device has no room for.
     """
-    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
+    T, S, H, K, tiles, window, tokens, heavy, heads, program = sizes
     before = first // 128
     if CAUSAL:
         position = i * BM + S - T
@@ -294,7 +295,7 @@ def _keeper(
 ):
     """Waits for this program's turn at each tile of queries, lets the consumers add to its sums, and passes it on."""
     turn, added = order
-    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
+    T, S, H, K, tiles, window, tokens, heavy, heads, program = sizes
     b, kv_head, first, where = _place(sizes, tables, CAUSAL, WINDOW, GLOBALS, BM)
     low, high = where
     group = H // K
@@ -302,7 +303,7 @@ def _keeper(
     j = 0
     for member in range(group):
         for i in range(low, high):
-            at = turns + ((b * H + kv_head * group + member) * query_tiles + i)
+            at = turns + 1 + ((b * H + kv_head * group + member) * query_tiles + i)
             at = at.to(gl.int64, bitcast=True)
             before = _before(first, i, sizes, CAUSAL, WINDOW, GLOBALS, BM)
             reached = gl.inline_asm_elementwise(READ_TURN, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
@@ -368,7 +369,7 @@ def _consumer(
     dk_desc, dv_desc = descriptors[6:]
     q_sm, k_sm, v_sm, do_sm, st_sm, rows_sm, ds_sm = memory
     q_full, empty, do_full, _, kv_full, ds_full = barriers
-    T, S, H, K, tiles, window, tokens, heavy, heads = sizes
+    T, S, H, K, tiles, window, tokens, heavy, heads, program = sizes
     dtype: gl.constexpr = q_sm.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -535,9 +536,12 @@ def _backward(
     memory = (q_sm, k_sm, v_sm, do_sm, st_sm, rows_sm, ds_sm)
     # a stage's queries and gradients go back together: the consumers have done with both at once
     barriers = (q_full, empty, do_full, empty, kv_full, ds_full)
-    sizes = (T, S, H, K, tiles, window, tokens, heavy, gl.num_programs(0) // tiles)
-    scales = (qk_scale, scale, cap_scale)
     ORDERED: gl.constexpr = turns is not None
+    program = gl.program_id(0)
+    if ORDERED:
+        program = gl.atomic_add(turns, 1, sem="relaxed")
+    sizes = (T, S, H, K, tiles, window, tokens, heavy, gl.num_programs(0) // tiles, program)
+    scales = (qk_scale, scale, cap_scale)
     turn = gl.allocate_shared_memory(gl.int64, [1], bar)
     added = gl.allocate_shared_memory(gl.int64, [1], bar)
     mbarrier.init(turn, count=1)
@@ -615,7 +619,7 @@ def backward(
     query_tiles, key_tiles = triton.cdiv(T, rows), triton.cdiv(S, KEYS)
     stats = lse.new_empty(B * H * query_tiles * 2, rows)
     sums = lse.new_empty(B * H * query_tiles * rows * D)
-    turns = lse.new_empty(B * H * query_tiles, dtype=torch.int32) if deterministic else None
+    turns = lse.new_empty(1 + B * H * query_tiles, dtype=torch.int32) if deterministic else None
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     q, k, v, dout = mappable(q), mappable(k), mappable(v), mappable(dout)
     padded = query_tiles * rows
