@@ -75,7 +75,8 @@ class Sight:
         T, S = inputs["q"].shape[1], inputs["k"].shape[1]
         by_index = isinstance(pattern, (Full, Causal))
         window = Window(None, None)
-        if isinstance(pattern, SlidingWindow) and (pattern.causal or not pattern.global_tokens):
+        # where time has no order, queries before the first key are among the global ones, as the formula has it
+        if isinstance(pattern, SlidingWindow) and (pattern.causal or not (pattern.global_tokens or T > S)):
             by_index, tokens = True, min(pattern.global_tokens, FAR)
             window = Window(min(pattern.window, FAR), tokens or None)
         if by_index:
