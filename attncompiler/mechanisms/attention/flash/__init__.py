@@ -6,5 +6,7 @@ What Triton compiles needs Triton to be imported, so nothing but that kernel imp
 - `visible.py`, `tiles.py`, `scores.py`: device functions: who sees whom, which tiles are met, what a score is
 - `forward.py`, `backward.py`: the kernels
 - `launch.py`: block shapes that fit a device, and launches
+- `hopper.py`: the calls that kernels for Hopper serve: `hopper_forward.py`, `hopper_backward.py`, and the tables of
+  both, `hopper_tables.py`
 - `kernel.py`: which programs run for a call
 """

@@ -604,7 +604,7 @@ def backward(
 
     window and global_tokens need causal: row i then sees key j if j <= i and (i - j < window or j < global_tokens).
     softcap makes a score softcap tanh(scale q k / softcap). What is deterministic repeats bit for bit.
-    With visits, of tiles of `queries_of(D)` queries, the tables alone say what is seen.
+    With visits, of tiles of `queries_of(D)` queries, the tables alone say what is seen; that is never deterministic.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1:3]

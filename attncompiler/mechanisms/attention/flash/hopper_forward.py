@@ -782,7 +782,7 @@ def forward(
     if visits is None:
         visits = Visits.none()
     else:
-        # rows that the tables list meet the diagonal in no order that could be relied on
+        # only ranges begin with the last tile, which in causal order is that on the diagonal
         causal, window, diagonal = False, None, diagonal and visits.ranged
     plan = _plan(
         D,
