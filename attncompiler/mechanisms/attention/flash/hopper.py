@@ -89,7 +89,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
     pattern, window, global_tokens = options.pattern, None, 0
     if isinstance(pattern, SlidingWindow):
         window, global_tokens = min(pattern.window, 2**30), min(pattern.global_tokens, 2**30)
-    dq, dk, dv, delta = hopper_backward.backward(
+    dq, dk, dv, sums = hopper_backward.backward(
         grads["out"],
         inputs["q"],
         inputs["k"],
@@ -106,5 +106,6 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
     )
     found = {"q": dq, "k": dk, "v": dv}
     if "sinks" in inputs:
+        delta = sums.flatten(2)[:, :, : inputs["q"].shape[1]]
         found["sinks"] = sinks.gradient_of(inputs["sinks"], outputs["lse"], delta)
     return found

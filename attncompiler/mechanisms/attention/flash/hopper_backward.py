@@ -19,8 +19,6 @@ nothing. Query t stands at position t + S − T.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -34,14 +32,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from attncompiler.mechanisms.attention.flash.hopper_forward import capped, mappable, scales_of
+from attncompiler.mechanisms.attention.flash.hopper_forward import capped
 from attncompiler.mechanisms.attention.flash.hopper_tables import Visits, seen, steps, tile_at, walk, whole_steps
+from attncompiler.mechanisms.attention.flash.hopper_tensors import (
+    LOG2E,
+    describe,
+    describe_numbers,
+    mappable,
+    scales_of,
+)
 
 meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 """The threads of a warpgroup wait for one another; Triton 3.7 renamed it."""
-LOG2E = math.log2(math.e)
 KEYS = 128
 STAGES = 2
 LAST_FIRST = tl.constexpr(2)
@@ -571,14 +574,6 @@ def _backward(
         )
 
 
-def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    # the copy engine wants strides of whole 16 bytes, also where there is but one element to step over
-    strides = [stride if n > 1 else x.shape[-1] for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    block = [1, rows, 1, x.shape[-1]]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
-
-
 def queries_of(width: int) -> int:
     """Queries of a tile."""
     return 64 if width == 128 else 128
@@ -600,7 +595,8 @@ def backward(
     deterministic: bool = False,
     visits: Visits | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv, and delta (B, H, T), the sums of dout · out, of bfloat16 or float16 and a D of 64 or 128.
+    """dq, dk, dv, and the sums of dout · out by tiles of queries (B, H, tiles, `queries_of(D)`), the last perhaps not
+    whole; of bfloat16 or float16 and a D of 64 or 128.
 
     window and global_tokens need causal: row i then sees key j if j <= i and (i - j < window or j < global_tokens).
     softcap makes a score softcap tanh(scale q k / softcap). What is deterministic repeats bit for bit.
@@ -615,7 +611,7 @@ def backward(
     else:
         causal, window, globals_ = False, None, visits.globals
         table = visits.tables.rows.flatten(0, 1)
-        rows_desc = TensorDescriptor.from_tensor(table, [visits.fields, rows], gl.NVMMASharedLayout(0, 32, 2))
+        rows_desc = describe_numbers(table, [visits.fields, rows])
     query_tiles, key_tiles = triton.cdiv(T, rows), triton.cdiv(S, KEYS)
     stats = lse.new_empty(B * H * query_tiles * 2, rows)
     sums = lse.new_empty(B * H * query_tiles * rows * D)
@@ -628,14 +624,14 @@ def backward(
         out, dout, lse, stats, sums, turns, T, padded, *out.stride()[:3], *dout.stride()[:3], H, D, rows, LOG2E
     )
     _backward[(key_tiles * B * K,)](
-        _describe(q, rows),
-        _describe(k, 64),
-        _describe(v, 64),
-        _describe(dout, rows),
-        TensorDescriptor.from_tensor(stats, [2, rows], gl.NVMMASharedLayout(0, 32, 2)),
+        describe(q, rows),
+        describe(k, 64),
+        describe(v, 64),
+        describe(dout, rows),
+        describe_numbers(stats, [2, rows]),
         rows_desc,
-        _describe(dk, 64),
-        _describe(dv, 64),
+        describe(dk, 64),
+        describe(dv, 64),
         sums,
         turns,
         visits.tables,
@@ -660,5 +656,4 @@ def backward(
         num_warps=4,
     )
     _finish[(query_tiles, B * H, rows * D // FRAGMENT.value)](sums, dq, T, padded, H, scale, D, rows)
-    delta = stats.view(B, H, query_tiles, 2, rows)[:, :, :, 1].flatten(2)[:, :, :T]
-    return dq, dk, dv, delta
+    return dq, dk, dv, stats.view(B, H, query_tiles, 2, rows)[:, :, :, 1]

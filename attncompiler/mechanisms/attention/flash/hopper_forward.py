@@ -35,11 +35,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attncompiler.mechanisms.attention.flash.hopper_tables import Visits, seen, steps, tile_at, walk, whole_steps
+from attncompiler.mechanisms.attention.flash.hopper_tensors import LOG2E, describe, mappable, scales_of
 
-LOG2E = math.log2(math.e)
 _LOG2E: gl.constexpr = gl.constexpr(LOG2E)
 _LN2: gl.constexpr = gl.constexpr(math.log(2.0))
 # of tanh(x ln(2) / 2)
@@ -49,9 +48,10 @@ _SERIES_5: gl.constexpr = gl.constexpr((math.log(2.0) / 2) ** 5 * 2 / 15)
 _UNSEEN: gl.constexpr = gl.constexpr(-math.inf)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What the kernel is compiled for: one compilation a plan and a dtype."""
+    """What the kernel is compiled for: one compilation a plan and a dtype. `_plan` makes each but once: it is looked up
+    at every launch, and so known by itself."""
 
     width: int
     causal: bool = False
@@ -716,38 +716,12 @@ def _attention(
         )
 
 
-def _describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    # The copy engine wants strides of whole 16 bytes, also where there is but one element to step over.
-    strides = [stride if n > 1 else x.shape[-1] for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    return TensorDescriptor(
-        x, list(x.shape), [*strides, 1], [1, rows, 1, x.shape[-1]], gl.NVMMASharedLayout(128, 16, 4)
-    )
-
-
-def mappable(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy where the copy engine cannot read it in place."""
-    steps = [stride for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
-    aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps[:-1])
-    return x if aligned and x.stride(-1) == 1 else x.contiguous()
-
-
 @functools.cache
 def _plan(width: int, **options: bool) -> Plan:
     if width == 64 and not options["tabled"]:
         return Plan(width, consumers=3, stages=3, registers=160, producer_registers=32, **options)
     # The tables speak of 128 rows, so of two consumers.
     return Plan(width, consumers=2, stages=2 if width == 128 else 4, registers=240, producer_registers=24, **options)
-
-
-def scales_of(scale: float, softcap: float | None) -> tuple[float, float]:
-    """What makes q k a score in base 2; with a softcap what makes it that of its `capped`, and the argument of this.
-
-    A cap beyond 1e±30 acts as one there, and keeps both numbers within float32.
-    """
-    if softcap is None:
-        return scale * LOG2E, 0.0
-    softcap = min(max(softcap, 1e-30), 1e30)
-    return softcap * LOG2E, 2.0 * LOG2E * scale / softcap
 
 
 def forward(
@@ -809,10 +783,10 @@ def forward(
     scale, cap_scale = scales_of(scale, softcap)
     programs = min(tiles, multiprocessors)
     _attention[(programs,)](
-        _describe(q, 64),
-        _describe(k, block),
-        _describe(v, block),
-        _describe(out, 64),
+        describe(q, 64),
+        describe(k, block),
+        describe(v, block),
+        describe(out, 64),
         lse,
         sinks,
         torch.zeros(1, dtype=torch.int32, device=q.device),
