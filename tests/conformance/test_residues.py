@@ -40,6 +40,34 @@ def test_two_parts_are_the_whole(pattern: Strided, T: int, seed: int, dtype: tor
     assert all(verdict.ok for verdict in verdicts), "\n".join(map(str, verdicts))
 
 
+@pytest.mark.parametrize(
+    ("half", "sinks", "softcap"),
+    [
+        (True, True, 4.0),
+        pytest.param(False, True, None, marks=pytest.mark.slow),
+        pytest.param(True, False, None, marks=pytest.mark.slow),
+    ],
+)
+def test_single_tokens_are_two_parts_on_a_gpu(half: bool, sinks: bool, softcap: float | None, device: str) -> None:
+    """Heads of 64 are those that some GPUs have kernels of their own for."""
+    pytest.importorskip("triton")
+    from attncompiler.mechanisms.attention.flash import kernel
+
+    D, generator = 16 if device == "cpu" else 64, torch.Generator().manual_seed(0)
+    sizes = {"q": (2, 141, 4, D), "k": (2, 141, 2, D), "v": (2, 141, 2, D), "sinks": (4,)}
+    tensors = {name: values("normal", size, generator) for name, size in sizes.items() if sinks or name != "sinks"}
+    options = AttentionOptions(pattern=Strided(stride=2, window=5), softcap=softcap)
+    dtype = torch.float16 if half else torch.float32
+    case, calls = prepared(Case(OPERATOR, tensors, options, causal=True), dtype, device), []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_forward", "_backward"):
+            real = getattr(kernel, name)
+            patch.setattr(kernel, name, lambda *given, real=real: (calls.append(given[-1].pattern), real(*given))[1])
+        verdicts = conforms(MECHANISM, kernel_call("triton"), case, dtype)
+    assert all(verdict.ok for verdict in verdicts), "\n".join(map(str, verdicts))
+    assert {pattern.kind for pattern in calls} == {"sliding_window", "causal"}
+
+
 def test_only_calls_without_masks_positions_and_counters_are_split() -> None:
     q = torch.zeros(1, 100, 1, 8)
     plain = {"q": q, "k": q, "v": q}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attncompiler.mechanisms.attention.op import AttentionOptions
-from attncompiler.mechanisms.attention.pattern import Causal, LocalGlobal, Strided
+from attncompiler.mechanisms.attention.pattern import Causal, LocalGlobal, Pattern, SlidingWindow, Strided
 from attncompiler.runtime.implementation import Tensors
 
 SMALL_BLOCK = 32
@@ -35,9 +35,13 @@ def splits(inputs: Tensors, options: AttentionOptions) -> bool:
     return pattern.block_size < SMALL_BLOCK and T > SHORT
 
 
-def forward(attend: Forward, inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
-    """As `attend`, which is called once for each part."""
-    wide = _wide(inputs)
+def forward(attend: Forward, inputs: Tensors, options: AttentionOptions, *, widen: bool = True) -> dict[str, Tensor]:
+    """As `attend`, which is called once for each part.
+
+    With `widen` in fp32 or better, so that nothing is rounded between the parts; else each part comes in the dtype of
+    the inputs, as matrix units want them.
+    """
+    wide = _wide(inputs) if widen else dict(inputs)
     parts = _Classes.of(wide["q"], options.pattern)
     near = attend(wide, parts.band(options))
     out, lse = near["out"], near["lse"]
@@ -52,10 +56,17 @@ def forward(attend: Forward, inputs: Tensors, options: AttentionOptions) -> dict
 
 
 def backward(
-    attend: Backward, grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions
+    attend: Backward,
+    grads: Tensors,
+    inputs: Tensors,
+    outputs: Tensors,
+    options: AttentionOptions,
+    *,
+    widen: bool = True,
 ) -> dict[str, Tensor]:
     """As `attend`, likewise."""
-    wide, above = _wide(inputs), {"out": grads["out"].to(_wide(inputs)["q"].dtype)}
+    wide = _wide(inputs) if widen else dict(inputs)
+    above = {"out": grads["out"].to(wide["q"].dtype)}
     results = {"out": outputs["out"].to(wide["q"].dtype), "lse": outputs["lse"]}
     parts = _Classes.of(wide["q"], options.pattern)
     found = attend(above, wide, results, parts.band(options))
@@ -70,7 +81,6 @@ def backward(
 
 
 def _wide(inputs: Tensors) -> dict[str, Tensor]:
-    """In fp32 or better, so that nothing is rounded between the parts."""
     return {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in inputs.items()}
 
 
@@ -97,7 +107,9 @@ class _Classes:
         return self.blocks * self.pattern.block_size > self.lag
 
     def band(self, options: AttentionOptions) -> AttentionOptions:
-        near = LocalGlobal(block_size=self.pattern.block_size, local_blocks=self.pattern.window)
+        near: Pattern = LocalGlobal(block_size=self.pattern.block_size, local_blocks=self.pattern.window)
+        if self.pattern.block_size == 1:
+            near = SlidingWindow(window=self.pattern.window)
         return options.model_copy(update={"pattern": near})
 
     def far(self, options: AttentionOptions) -> AttentionOptions:

@@ -7,7 +7,7 @@ import math
 import torch
 import triton
 
-from attncompiler.mechanisms.attention import sinks
+from attncompiler.mechanisms.attention import residues, sinks
 from attncompiler.mechanisms.attention.flash import hopper
 from attncompiler.mechanisms.attention.flash.backward import delta_kernel, gather_kernel, spread_kernel
 from attncompiler.mechanisms.attention.flash.forward import attend_kernel, merge_kernel
@@ -26,6 +26,7 @@ from attncompiler.mechanisms.attention.flash.launch import (
 )
 from attncompiler.mechanisms.attention.flash.sight import Sight
 from attncompiler.mechanisms.attention.op import AttentionOptions
+from attncompiler.mechanisms.attention.pattern import Strided
 from attncompiler.runtime.implementation import Tensors
 
 FEW_ROWS = 64
@@ -34,8 +35,30 @@ WAVES = 8
 """Programs for each multiprocessor that a decode's keys are split among at least, where there are keys enough."""
 
 
+LONG_CLASS = 64
+"""Tokens of a class of a strided pattern that fill a tile well enough for the class to be a sequence of its own."""
+
+
 def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tensor]:
     """q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) → out (B, T, H, V), lse (B, H, T)."""
+    if not _by_class(inputs, options):
+        return _forward(inputs, options)
+    keys = {name: tensor for name, tensor in inputs.items() if name != "sinks"}
+    results = residues.forward(_forward, keys, options, widen=False)
+    if "sinks" in inputs:
+        results["out"], results["lse"] = sinks.join(results["out"], results["lse"], inputs["sinks"])
+    return results
+
+
+def _by_class(inputs: Tensors, options: AttentionOptions) -> bool:
+    """Whether a strided pattern of single tokens has classes that are worth a sequence each: every tile of the whole
+    sequence holds a token of every class, and would be met."""
+    pattern, T = options.pattern, inputs["q"].shape[1]
+    single = isinstance(pattern, Strided) and pattern.block_size == 1 and LONG_CLASS * pattern.stride <= T
+    return single and residues.splits(inputs, options)
+
+
+def _forward(inputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tensor]:
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     sizes, device = sizes_of(inputs), device_of(q.device)
     if hopper.serves(device, inputs, options, FEW_ROWS):
@@ -112,6 +135,16 @@ def _splits(programs: int, keys: int, blocks: Blocks, device: Device) -> int:
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tensor]:
     """The gradients of q, k, v and sinks, from the probabilities that the lse gives back."""
+    if not _by_class(inputs, options):
+        return _backward(grads, inputs, outputs, options)
+    keys = {name: tensor for name, tensor in inputs.items() if name != "sinks"}
+    found = residues.backward(_backward, grads, keys, outputs, options, widen=False)
+    if "sinks" in inputs:
+        found["sinks"] = sinks.gradient(inputs["sinks"], outputs["out"], outputs["lse"], grads["out"])
+    return found
+
+
+def _backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tensor]:
     q, k, v, dout, lse = inputs["q"], inputs["k"], inputs["v"], grads["out"], outputs["lse"]
     sizes, device = sizes_of(inputs), device_of(q.device)
     if hopper.serves_backward(device, inputs, options):
