@@ -22,7 +22,7 @@ from torch import Tensor
 import attncompiler
 from attncompiler.bench.measure import Work, compare, interleave
 from attncompiler.bench.report import Format, FormatOption, ThreadsOption, comparison_row, show
-from attncompiler.bench.train_step import VOCABULARY, import_transformers, our_model, peer_model
+from attncompiler.bench.train_step import SMALL, import_transformers, our_model, peer_model, take_weights
 from attncompiler.spec import parse
 
 HYBRID = """
@@ -104,16 +104,6 @@ def against_peer(prompt: int, new_tokens: int, batch_size: int, repeats: int, co
     )
 
 
-def take_weights(ours: Any, theirs: Any) -> None:
-    """HF's Llama weights in our model of its shape."""
-    names = {"self_attn": "mixer", "input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
-    weights = {}
-    for name, tensor in theirs.state_dict().items():
-        parts = name.removeprefix("model.").split(".")
-        weights[".".join(names.get(part, part) for part in parts)] = tensor
-    ours.load_state_dict(weights)
-
-
 @torch.no_grad()
 def by_position(positions: tuple[int, ...], new_tokens: int, repeats: int, compiled: bool) -> Iterator[dict[str, Any]]:
     """A row for each position: the time of a token there, and the speed as a share of that at the first position."""
@@ -150,7 +140,7 @@ def steps(model: Any, position: int, room: int, count: int, compiled: bool) -> W
 
 
 def _tokens(batch_size: int, length: int) -> Tensor:
-    return torch.randint(VOCABULARY, (batch_size, length), generator=torch.Generator().manual_seed(0))
+    return torch.randint(SMALL.vocabulary, (batch_size, length), generator=torch.Generator().manual_seed(0))
 
 
 if __name__ == "__main__":

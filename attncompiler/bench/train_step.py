@@ -3,9 +3,13 @@
     python -m attncompiler.bench.train_step                       # llama and mamba2
     python -m attncompiler.bench.train_step --models mamba        # minutes: HF's takes over a minute a step
     python -m attncompiler.bench.train_step --models mamba --seq-len 128
+    python -m attncompiler.bench.train_step --models llama-1b --device cuda --dtype bfloat16 --compile --batch-size 1 \\
+        --seq-len 8192 --curve 50
 
-Four layers, 256 wide, 4 × 512 tokens, fp32: loss, gradients, and a step of AdamW on both sides. Weights are each side's
-own first ones; the shapes of all parameters are checked to be equal in number.
+Four layers, 256 wide, 4 × 512 tokens, fp32, or a Llama of a billion parameters; loss, gradients, and a step of AdamW on
+both sides. Weights are each side's own first ones; the shapes of all parameters are checked to be equal in number.
+With `--curve` both sides of a Llama begin with the same weights, and first take so many steps on one batch: how far
+their losses lie apart at most is a column of the table.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated, Any
 
 import torch
@@ -25,7 +31,34 @@ from attncompiler.bench.report import Format, FormatOption, ThreadsOption, compa
 from attncompiler.errors import UsageError, fail
 from attncompiler.spec import parse
 
-VOCABULARY, WIDTH, LAYERS = 256, 256, 4
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes."""
+
+    vocabulary: int = 256
+    width: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 32
+    intermediate: int = 704
+
+    @property
+    def gated(self) -> str:
+        return f"{{kind: gated, intermediate_size: {self.intermediate}, hidden_act: silu}}"
+
+    @property
+    def attention(self) -> str:
+        return (
+            f"{{kind: attention, num_attention_heads: {self.heads}, num_key_value_heads: {self.kv_heads}, "
+            f"head_dim: {self.head_dim}, pattern: {{kind: causal}}, "
+            "rope_parameters: {rope_type: default, rope_theta: 10000.0}}"
+        )
+
+
+SMALL = Shape()
+BILLION = Shape(32000, 2048, 18, 16, 4, 128, 8192)
 
 SPEC = """
 spec_version: 1
@@ -43,23 +76,53 @@ layers:
 targets: [cpu]
 """
 
-GATED = "{kind: gated, intermediate_size: 704, hidden_act: silu}"
 MIXERS = {
-    "llama": (
-        "{kind: attention, num_attention_heads: 8, head_dim: 32, pattern: {kind: causal}, "
-        "rope_parameters: {rope_type: default, rope_theta: 10000.0}}",
-        GATED,
+    "llama": (SMALL, SMALL.attention, SMALL.gated),
+    "llama-1b": (BILLION, BILLION.attention, BILLION.gated),
+    "mamba2": (
+        SMALL,
+        "{kind: mamba2, state_size: 64, head_dim: 32, expand: 2, n_groups: 1, chunk_size: 64}",
+        "{kind: none}",
     ),
-    "mamba2": ("{kind: mamba2, state_size: 64, head_dim: 32, expand: 2, n_groups: 1, chunk_size: 64}", "{kind: none}"),
-    "mamba": ("{kind: mamba, state_size: 16, expand: 2}", "{kind: none}"),
+    "mamba": (SMALL, "{kind: mamba, state_size: 16, expand: 2}", "{kind: none}"),
 }
 
 
+class DType(StrEnum):
+    """Of parameters and activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How both sides run."""
+
+    batch_size: int = 4
+    seq_len: int = 512
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    compile: bool = False
+    """by torch.compile, forward and loss as one function"""
+    curve: int = 0
+    """steps from the same weights on one batch"""
+
+
+DEFAULT = Setting()
+
+
 def main(
-    models: Annotated[list[str] | None, typer.Option(help="llama, mamba2 or mamba; several times")] = None,
+    models: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(MIXERS)}; several times")] = None,
     batch_size: Annotated[int, typer.Option(help="B")] = 4,
     seq_len: Annotated[int, typer.Option(help="T: less than 512 scales a comparison down")] = 512,
     repeats: Annotated[int | None, typer.Option(help="timed turns of each side (default 15; of mamba 1)")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[DType, typer.Option(help="of parameters and activations")] = DType.float32,
+    compile: Annotated[bool, typer.Option("--compile", help="both sides by torch.compile")] = False,
+    curve: Annotated[
+        int, typer.Option(min=0, help="steps of a Llama from the same weights, whose losses are compared")
+    ] = 0,
     threads: ThreadsOption = None,
     format: FormatOption = Format.text,
 ) -> None:
@@ -71,12 +134,13 @@ def main(
     unknown = [name for name in chosen if name not in MIXERS]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(MIXERS)}")
-    rows = [row(name, transformers, batch_size, seq_len, repeats) for name in chosen]
-    show(
-        f"Training step, {batch_size} × {seq_len} tokens, against HF transformers {transformers.__version__}",
-        rows,
-        format,
-    )
+    if curve and not all(name.startswith("llama") for name in chosen):
+        raise typer.BadParameter("--curve compares Llamas: name them with --models")
+    setting = Setting(batch_size, seq_len, device, getattr(torch, dtype.value), compile, curve)
+    rows = [row(name, transformers, setting, repeats) for name in chosen]
+    where = torch.cuda.get_device_name() if device == "cuda" else device
+    title = f"Training step, {batch_size} × {seq_len} tokens, {dtype.value} on {where}"
+    show(f"{title}, against HF transformers {transformers.__version__}", rows, format)
 
 
 def import_transformers() -> Any:
@@ -90,63 +154,112 @@ def import_transformers() -> Any:
     return transformers
 
 
-def row(name: str, transformers: Any, batch_size: int, seq_len: int, repeats: int | None) -> dict[str, Any]:
+def row(name: str, transformers: Any, setting: Setting, repeats: int | None) -> dict[str, Any]:
     """The table's row of one model. A slow peer is timed once and not warmed up: what it does first costs it little."""
     slow = name == "mamba"
-    ours, peer = our_model(name), peer_model(name, transformers)
-    tokens = torch.randint(VOCABULARY, (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(0))
+    ours, peer = our_model(name, setting), peer_model(name, transformers, setting)
+    size = (setting.batch_size, setting.seq_len + 1)
+    tokens = torch.randint(MIXERS[name][0].vocabulary, size, generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(setting.device)
     input_ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    our_step = training_step(ours, lambda: ours.loss(input_ids, labels))
-    peer_step = training_step(peer, lambda: peer(input_ids=input_ids, labels=labels, shift_labels=labels).loss)
+
+    def our_loss() -> Tensor:
+        return ours.loss(input_ids, labels)
+
+    def peer_loss() -> Tensor:
+        return peer(input_ids=input_ids, labels=labels, shift_labels=labels).loss
+
+    losses = (our_loss, peer_loss)
+    if setting.compile:
+        losses = (torch.compile(our_loss), torch.compile(peer_loss))
+    if setting.curve:
+        take_weights(ours, peer)
+    our_step, peer_step = training_step(ours, losses[0]), training_step(peer, losses[1])
+    more: dict[str, Any] = {}
+    if setting.curve:
+        curves = [torch.stack([step() for _ in range(setting.curve)]).double().cpu() for step in (our_step, peer_step)]
+        more["loss, first and last"] = f"{curves[0][0]:.4f} → {curves[0][-1]:.4f}"
+        more["apart at most"] = f"{float((curves[0] - curves[1]).abs().max()):.2g}"
     if slow:
         our_step()
-    comparison = compare(our_step, peer_step, repeats or (1 if slow else 15), warmup=0 if slow else 2)
+    comparison = compare(
+        settled(our_step, setting), settled(peer_step, setting), repeats or (1 if slow else 15), warmup=0 if slow else 2
+    )
     counts = (count(ours), count(peer))
-    return comparison_row(name, comparison, parameters=counts[0] if counts[0] == counts[1] else counts)
+    return comparison_row(name, comparison, parameters=counts[0] if counts[0] == counts[1] else counts, **more)
 
 
-def our_model(name: str) -> Any:
+def settled(step: Callable[[], Tensor], setting: Setting) -> Work:
+    """The step until the device has done it."""
+
+    def work() -> None:
+        step()
+        if setting.device == "cuda":
+            torch.cuda.synchronize()
+
+    return work
+
+
+def our_model(name: str, setting: Setting = DEFAULT) -> Any:
     """This package's model, from a spec."""
-    mixer, mlp = MIXERS[name]
-    text = SPEC.format(vocabulary=VOCABULARY, width=WIDTH, layers=LAYERS, mixer=mixer, mlp=mlp)
-    return attncompiler.build(parse(text, filename=f"bench/{name}"), device="cpu").train()
+    shape, mixer, mlp = MIXERS[name]
+    text = SPEC.format(vocabulary=shape.vocabulary, width=shape.width, layers=shape.layers, mixer=mixer, mlp=mlp)
+    spec = parse(text, filename=f"bench/{name}")
+    return attncompiler.build(spec, device=setting.device, dtype=setting.dtype).train()
 
 
-def peer_model(name: str, transformers: Any) -> Any:
+def peer_model(name: str, transformers: Any, setting: Setting = DEFAULT) -> Any:
     """The model of transformers that has the same shape."""
+    shape = MIXERS[name][0]
     common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "num_hidden_layers": LAYERS,
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.layers,
         "tie_word_embeddings": True,
         "use_cache": False,
     }
-    if name == "llama":
+    if name.startswith("llama"):
         config = transformers.LlamaConfig(
             **common,
-            intermediate_size=704,
-            num_attention_heads=8,
-            head_dim=32,
+            intermediate_size=shape.intermediate,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=max(2048, setting.seq_len),
             rms_norm_eps=1e-5,
             attn_implementation="sdpa",
         )
-        return transformers.LlamaForCausalLM(config).train()
-    if name == "mamba2":
+        made = transformers.LlamaForCausalLM(config)
+    elif name == "mamba2":
         config = transformers.Mamba2Config(
             **common, state_size=64, head_dim=32, num_heads=16, expand=2, n_groups=1, chunk_size=64
         )
-        return transformers.Mamba2ForCausalLM(config).train()
-    return transformers.MambaForCausalLM(transformers.MambaConfig(**common, state_size=16, expand=2)).train()
+        made = transformers.Mamba2ForCausalLM(config)
+    else:
+        made = transformers.MambaForCausalLM(transformers.MambaConfig(**common, state_size=16, expand=2))
+    return made.to(setting.device, setting.dtype).train()
 
 
-def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Work:
-    """Loss, gradients, AdamW."""
+def take_weights(ours: Any, theirs: Any) -> None:
+    """HF's Llama weights in our model of its shape."""
+    names = {"self_attn": "mixer", "input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
+    weights = {}
+    for name, tensor in theirs.state_dict().items():
+        parts = name.removeprefix("model.").split(".")
+        weights[".".join(names.get(part, part) for part in parts)] = tensor
+    ours.load_state_dict(weights)
+
+
+def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Loss, gradients, AdamW; the loss before the step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step() -> None:
-        loss().backward()
+    def step() -> Tensor:
+        found = loss()
+        found.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return found.detach()
 
     return step
 

@@ -156,12 +156,46 @@ def test_scaling_at_a_tiny_size(mixer: str) -> None:
     assert row["largest / smallest"] == max(medians) / min(medians)
 
 
-@pytest.mark.parametrize("name", sorted(train_step.MIXERS))
+@pytest.mark.parametrize("name", sorted(set(train_step.MIXERS) - {"llama-1b"}))
 def test_a_training_step_and_its_peer_have_equal_parameters(name: str) -> None:
     pytest.importorskip("transformers", reason="needs the extra `hf`")
     shown = invoke(train_step.main, "--models", name, "--batch-size", "1", "--seq-len", "8", "--repeats", "1")
     (row,) = shown["rows"]
     assert isinstance(row["parameters"], int), f"ours and the peer's differ: {row['parameters']}"
+
+
+def test_the_billion_parameters_of_both_sides_are_as_many() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    setting = train_step.Setting(device="meta")
+    with torch.device("meta"):
+        counts = {
+            train_step.count(make)
+            for make in (
+                train_step.our_model("llama-1b", setting),
+                train_step.peer_model("llama-1b", transformers, setting),
+            )
+        }
+    (parameters,) = counts
+    assert parameters == pytest.approx(1e9, rel=0.2)
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_losses_from_the_same_weights_stay_together(compile: bool) -> None:
+    pytest.importorskip("transformers", reason="needs the extra `hf`")
+    arguments = ["--models", "llama", "--batch-size", "2", "--seq-len", "16", "--repeats", "1", "--curve", "4"]
+    (row,) = invoke(train_step.main, *arguments, *["--compile"] * compile)["rows"]
+    first, last = map(float, row["loss, first and last"].split(" → "))
+    assert last < first
+    assert float(row["apart at most"]) < 1e-4
+
+
+def test_losses_of_other_models_are_not_compared() -> None:
+    pytest.importorskip("transformers", reason="needs the extra `hf`")
+    app = typer.Typer()
+    app.command()(train_step.main)
+    shown = CliRunner().invoke(app, ["--models", "mamba2", "--curve", "1"])
+    assert shown.exit_code == 2
+    assert "name them with --models" in shown.output
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
