@@ -62,7 +62,17 @@ class Instruction:
 
 def unset_reads(cubin: bytes) -> list[str]:
     """The instructions that read a uniform register which, on some way to them, no instruction has written."""
-    code, labels = _parsed(cubin)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = [str(triton.knobs.nvidia.nvdisasm.path), "-c", file.name]
+        text = subprocess.run(tool, check=True, capture_output=True, text=True).stdout
+    return unset_reads_of(text)
+
+
+def unset_reads_of(text: str) -> list[str]:
+    """The same of what the disassembler wrote."""
+    code, labels = _parsed(text)
     known: list[frozenset[int] | None] = [None] * len(code)
     ways = [(0, frozenset[int]())]
     while ways:
@@ -86,12 +96,7 @@ def unset_reads(cubin: bytes) -> list[str]:
     return [str(one) for one, have in zip(code, known, strict=True) if have is not None and one.reads - have]
 
 
-def _parsed(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = [str(triton.knobs.nvidia.nvdisasm.path), "-c", file.name]
-        text = subprocess.run(tool, check=True, capture_output=True, text=True).stdout
+def _parsed(text: str) -> tuple[list[Instruction], dict[str, int]]:
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
