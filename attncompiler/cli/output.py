@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH = 120
-"""columns where the output is not a terminal"""
+"""columns where the output is not a terminal, and more where the numbers of a table need more"""
+LONGEST = 40
+"""characters of a word that is not broken there"""
 
 
 def one_line(text: str) -> str:
@@ -29,17 +31,37 @@ def as_json(data: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Rows under column heads, those named in `right` set to the right; long cells wrap."""
+    """Rows under column heads, those named in `right`, numbers, set to the right; long cells wrap.
+
+    Where the output is not a terminal it is as wide as its numbers and words need.
+    """
     from rich.box import SIMPLE_HEAD
+    from rich.cells import cell_len
     from rich.table import Table
 
+    lines = [[one_line(cell) for cell in row] for row in rows]
+    terminal = sys.stdout.isatty()
     made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), show_header=any(columns))
-    for column in columns:
+    needed = 0
+    for place, column in enumerate(columns):
         number = column in right
-        made.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number)
-    for row in rows:
-        made.add_row(*map(one_line, row))
+        parts = [
+            part for cell in (column, *(line[place] for line in lines)) for part in ([cell] if number else cell.split())
+        ]
+        least = min(max(map(cell_len, parts), default=0), LONGEST)
+        needed += least + len("   ")
+        made.add_column(
+            column,
+            justify="right" if number else "left",
+            overflow="fold",
+            min_width=None if terminal else least,
+            no_wrap=number and not terminal,
+        )
+    for line in lines:
+        made.add_row(*line)
     printer = console()
+    if not terminal:
+        printer.width = max(WIDTH, needed)
     with printer.capture() as captured:
         printer.print(made)
     for text in captured.get().splitlines():

@@ -446,5 +446,5 @@ def test_entries_hold_members_alone_by_bucket() -> None:
 def test_the_spread_of_samples_has_no_unit(seconds: list[float], factor: float) -> None:
     samples = Samples(tuple(seconds))
     assert samples.spread >= 0
-    assert samples.scaled(factor).spread == pytest.approx(samples.spread, abs=1e-9)
+    assert samples.scaled(factor).spread == pytest.approx(samples.spread, rel=1e-9, abs=1e-9)
     assert Samples((1.0, 1.0, 1.0, 50.0, 1.0)).spread == 0
