@@ -22,18 +22,27 @@ class Order:
 def ordered(static: tuple[str, ...], mechanism: str, bucket: Bucket, entries: Iterable[Entry]) -> Order:
     """`static`, a mechanism's own order, with the kernels that were measured in the nearest bucket sorted.
 
-    They are sorted by the time of forward and backward together, and for a decoding step by that of the forward; equal
-    times keep the static order. A kernel that was not measured keeps its place, the measured ones take the others:
-    (a, b, c, d) with times for a, c and d becomes (d, b, a, c) when d is fastest and c slowest. `LAST` keep theirs too.
+    They are sorted by how far each is behind the best at worst: in the forward alone, or in forward and backward
+    together. So the first of them is near the best in both, where one kernel is: a model is trained and asked by the
+    same chain. A decoding step is sorted by its forward. Kernels that are as good keep the static order.
+
+    A kernel that was not measured keeps its place, the measured ones take the others: (a, b, c, d) with times for a, c
+    and d becomes (d, b, a, c) when d is best and c worst. `LAST` keep theirs too.
     """
     found = nearest(mechanism, bucket, entries)
     if found is None:
         return Order(static)
-    times = {name: time for name in static if name not in LAST and (time := _time(found.kernels.get(name), bucket))}
+    times = {
+        name: ways
+        for name in static
+        if name not in LAST and (time := found.kernels.get(name)) and (ways := _ways(time, bucket))
+    }
     if len(times) < 2:
         return Order(static)
-    fastest = iter(sorted(times, key=times.__getitem__))
-    return Order(tuple(next(fastest) if name in times else name for name in static), found)
+    best = [min(way) for way in zip(*times.values(), strict=True)]
+    behind = {name: max(way / least for way, least in zip(ways, best, strict=True)) for name, ways in times.items()}
+    first = iter(sorted(behind, key=behind.__getitem__))
+    return Order(tuple(next(first) if name in times else name for name in static), found)
 
 
 def nearest(mechanism: str, bucket: Bucket, entries: Iterable[Entry]) -> Entry | None:
@@ -56,7 +65,8 @@ def nearest(mechanism: str, bucket: Bucket, entries: Iterable[Entry]) -> Entry |
     return min(like, key=distance, default=None)
 
 
-def _time(times: Times | None, bucket: Bucket) -> float | None:
-    if times is None:
-        return None
-    return times.forward if bucket.step else times.both
+def _ways(times: Times, bucket: Bucket) -> tuple[float, ...]:
+    """The seconds that decide; none where the backward does and was not measured."""
+    if bucket.step:
+        return (times.forward,)
+    return () if times.both is None else (times.forward, times.both)

@@ -23,7 +23,7 @@ from attncompiler.bench.device import Clock
 from attncompiler.bench.measure import Samples, Work
 from attncompiler.errors import AttnCompilerError
 
-FEWEST, BUDGET, SLOW = 3, 0.25, 5.0
+FEWEST, BUDGET, SLOW = 3, 0.25, 2.0
 """turns that a cell has at least; seconds after which it needs no more; seconds of one that is not asked for more"""
 APART = 0.05
 """how far an output may be from ours, in the root mean square, to be of the same function: many times any rounding"""
@@ -52,7 +52,8 @@ class Cell:
     peak_bytes: int | None = None
     """what forward and backward hold beside the inputs; the forward alone, where that is all that runs"""
     host: Mapping[Way, float] = field(default_factory=dict)
-    """seconds of the host, which count where the device has nothing else to do meanwhile; empty on a CPU"""
+    """seconds of the host, which count where the device has nothing else to do meanwhile; not there on a CPU, nor
+    where the device takes many times as long"""
 
     def given(self, way: Way, taken: Samples | Problem) -> Cell:
         """The cell with its time that way."""
@@ -156,7 +157,7 @@ class _Row:
             return
         seconds, peak = taken
         self.works["forward"][name] = (call.forward, seconds)
-        cell = replace(cell, peak_bytes=peak, host=self._host(cell, "forward", call.forward))
+        cell = replace(cell, peak_bytes=peak, host=self._host(cell, "forward", call.forward, seconds))
         if "both" in self.ways:
             both = self.attempt(partial(self._both, call, seconds))
             if isinstance(both, Problem):
@@ -164,11 +165,12 @@ class _Row:
             else:
                 work, seconds, peak = both
                 self.works["both"][name] = (work, seconds)
-                cell = replace(cell, peak_bytes=peak, host=self._host(cell, "both", work))
+                cell = replace(cell, peak_bytes=peak, host=self._host(cell, "both", work, seconds))
         self.cells[name] = cell
 
-    def _host(self, cell: Cell, way: Way, work: Work) -> Mapping[Way, float]:
-        taken = self.attempt(partial(self.clock.host, work))
+    def _host(self, cell: Cell, way: Way, work: Work, seconds: float) -> Mapping[Way, float]:
+        """With the host's time, unless the device takes so long that it is of no interest."""
+        taken = self.attempt(partial(self.clock.host, work)) if seconds < BUDGET else None
         return cell.host if taken is None or isinstance(taken, Problem) else {**cell.host, way: taken}
 
     def _forward(self, call: Call, inputs: Inputs) -> tuple[float, int | None] | Problem:
