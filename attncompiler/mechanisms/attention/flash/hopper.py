@@ -8,7 +8,7 @@ from torch import Tensor
 from attncompiler.mechanisms.attention import sinks
 from attncompiler.mechanisms.attention.flash import hopper_backward, hopper_forward, hopper_tables
 from attncompiler.mechanisms.attention.flash.hopper_tables import Visits
-from attncompiler.mechanisms.attention.flash.launch import Device
+from attncompiler.mechanisms.attention.flash.launch import Device, parts_of
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, Full, Pattern, Random, SlidingWindow
 from attncompiler.runtime.implementation import Tensors
@@ -84,11 +84,14 @@ def serves_backward(device: Device, inputs: Tensors, options: AttentionOptions) 
     return (known or not options.deterministic) and serves(device, inputs, options, 0)
 
 
-def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
+def backward(
+    device: Device, grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions
+) -> dict[str, Tensor]:
     """As the operator's backward, for a call that `serves_backward` accepts."""
     pattern, window, global_tokens = options.pattern, None, 0
     if isinstance(pattern, SlidingWindow):
         window, global_tokens = min(pattern.window, 2**30), min(pattern.global_tokens, 2**30)
+    B, S, K, D = inputs["k"].shape
     dq, dk, dv, sums = hopper_backward.backward(
         grads["out"],
         inputs["q"],
@@ -99,10 +102,11 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
         causal=pattern.causal,
         window=window,
         global_tokens=global_tokens,
-        scale=options.softmax_scale(inputs["q"].shape[-1]),
+        scale=options.softmax_scale(D),
         softcap=options.softcap,
         deterministic=options.deterministic,
-        visits=_visits(inputs, options, hopper_backward.queries_of(inputs["q"].shape[-1]), transposed=True),
+        visits=_visits(inputs, options, hopper_backward.queries_of(D), transposed=True),
+        parts=parts_of(-(-S // hopper_backward.KEYS) * B * K, K, device),
     )
     found = {"q": dq, "k": dk, "v": dv}
     if "sinks" in inputs:

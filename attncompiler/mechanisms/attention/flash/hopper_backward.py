@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -62,7 +63,7 @@ PASS_TURN = tl.constexpr("st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;")
 
 @triton.jit
 def _prepare(
-    out, dout, lse, stats, sums, turns, T, T_padded, out_b, out_t, out_h, dout_b, dout_t, dout_h, H,
+    out, dout, lse, stats, sums, turns, T, T_padded, out_b, out_t, out_h, dout_b, dout_t, dout_h, lse_b, lse_h, H,
     D: tl.constexpr, BM: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
     """For each tile of queries the lse in base 2, +∞ where a row sees nothing, then the sums of dout · out; and zeros
@@ -78,7 +79,7 @@ def _prepare(
     o = tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
     at = dout + b * dout_b + rows.to(tl.int64)[:, None] * dout_t + h * dout_h + columns[None, :]
     g = tl.load(at, mask=there[:, None], other=0.0).to(tl.float32)
-    logarithm = tl.load(lse + both * T + rows, mask=there, other=float("-inf"))
+    logarithm = tl.load(lse + b * lse_b + h * lse_h + rows, mask=there, other=float("-inf"))
     logarithm = tl.where(logarithm == float("-inf"), float("inf"), logarithm * LOG2E)
     number = both * (T_padded // BM) + tile
     at = stats + number * (2 * BM) + tl.arange(0, BM)
@@ -92,7 +93,7 @@ def _prepare(
 
 
 @triton.jit
-def _finish(sums, dq, T, T_padded, H, scale, D: tl.constexpr, BM: tl.constexpr):
+def _finish(sums, dq, T, T_padded, dq_b, dq_t, dq_h, H, scale, D: tl.constexpr, BM: tl.constexpr):
     """The sums of dQ in their own order, scaled and rounded: one fragment of a tile of queries."""
     tile, both, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     fragment = tl.load(sums + (both * T_padded + tile * BM) * D + part * FRAGMENT + tl.arange(0, FRAGMENT)) * scale
@@ -105,7 +106,8 @@ def _finish(sums, dq, T, T_padded, H, scale, D: tl.constexpr, BM: tl.constexpr):
     else:
         row += part * 64
     rows = row + tl.arange(0, 64)
-    at = dq + ((both // H * T + rows[:, None]) * H + both % H) * D + column + tl.arange(0, 64)[None, :]
+    at = dq + both // H * dq_b + rows.to(tl.int64)[:, None] * dq_t + both % H * dq_h
+    at += column + tl.arange(0, 64)[None, :]
     tl.store(at, x.to(dq.dtype.element_ty), mask=(rows < T)[:, None])
 
 
@@ -580,12 +582,12 @@ def queries_of(width: int) -> int:
 
 
 def backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     *,
     causal: bool,
     window: int | None = None,
@@ -594,13 +596,15 @@ def backward(
     softcap: float | None = None,
     deterministic: bool = False,
     visits: Visits | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    parts: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and the sums of dout · out by tiles of queries (B, H, tiles, `queries_of(D)`), the last perhaps not
     whole; of bfloat16 or float16 and a D of 64 or 128.
 
     window and global_tokens need causal: row i then sees key j if j <= i and (i - j < window or j < global_tokens).
     softcap makes a score softcap tanh(scale q k / softcap). What is deterministic repeats bit for bit.
     With visits, of tiles of `queries_of(D)` queries, the tables alone say what is seen; that is never deterministic.
+    The heads are computed in so many parts, one after the other: beside the gradients it holds dQ of a part in float32.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
@@ -613,47 +617,85 @@ def backward(
         table = visits.tables.rows.flatten(0, 1)
         rows_desc = describe_numbers(table, [visits.fields, rows])
     query_tiles, key_tiles = triton.cdiv(T, rows), triton.cdiv(S, KEYS)
-    stats = lse.new_empty(B * H * query_tiles * 2, rows)
-    sums = lse.new_empty(B * H * query_tiles * rows * D)
-    turns = lse.new_empty(1 + B * H * query_tiles, dtype=torch.int32) if deterministic else None
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    q, k, v, dout = mappable(q), mappable(k), mappable(v), mappable(dout)
     padded = query_tiles * rows
     score_scale, cap_scale = scales_of(scale, softcap)
-    _prepare[(query_tiles, B * H)](
-        out, dout, lse, stats, sums, turns, T, padded, *out.stride()[:3], *dout.stride()[:3], H, D, rows, LOG2E
-    )
-    _backward[(key_tiles * B * K,)](
-        describe(q, rows),
-        describe(k, 64),
-        describe(v, 64),
-        describe(dout, rows),
-        describe_numbers(stats, [2, rows]),
-        rows_desc,
-        describe(dk, 64),
-        describe(dv, 64),
-        sums,
-        turns,
-        visits.tables,
-        T,
-        S,
-        H,
-        K,
-        key_tiles,
-        window or 0,
-        global_tokens,
-        visits.heavy,
-        score_scale,
-        scale,
-        cap_scale,
-        LAST_FIRST.value if causal and deterministic else int(causal),
-        window is not None,
-        globals_,
-        softcap is not None,
-        rows,
-        D,
-        STAGES,
-        num_warps=4,
-    )
-    _finish[(query_tiles, B * H, rows * D // FRAGMENT.value)](sums, dq, T, padded, H, scale, D, rows)
-    return dq, dk, dv, stats.view(B, H, query_tiles, 2, rows)[:, :, :, 1]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    q, k, v, dout = mappable(q), mappable(k), mappable(v), mappable(dout)
+    by_parts = lse.new_empty(parts, B, H // parts, query_tiles, 2, rows)
+    sums = lse.new_empty(B * (H // parts) * padded * D)
+    turns = lse.new_empty(1 + B * (H // parts) * query_tiles, dtype=torch.int32) if deterministic else None
+
+    def compute(
+        stats: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        out: Tensor,
+        dout: Tensor,
+        dq: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """The gradients of some heads of keys and of their queries."""
+        H, K = q.shape[2], k.shape[2]
+        _prepare[(query_tiles, B * H)](
+            out,
+            dout,
+            lse,
+            stats,
+            sums,
+            turns,
+            T,
+            padded,
+            *out.stride()[:3],
+            *dout.stride()[:3],
+            *lse.stride()[:2],
+            H,
+            D,
+            rows,
+            LOG2E,
+        )
+        _backward[(key_tiles * B * K,)](
+            describe(q, rows),
+            describe(k, 64),
+            describe(v, 64),
+            describe(dout, rows),
+            describe_numbers(stats.view(-1, rows), [2, rows]),
+            rows_desc,
+            describe(dk, 64),
+            describe(dv, 64),
+            sums,
+            turns,
+            visits.tables,
+            T,
+            S,
+            H,
+            K,
+            key_tiles,
+            window or 0,
+            global_tokens,
+            visits.heavy,
+            score_scale,
+            scale,
+            cap_scale,
+            LAST_FIRST.value if causal and deterministic else int(causal),
+            window is not None,
+            globals_,
+            softcap is not None,
+            rows,
+            D,
+            STAGES,
+            num_warps=4,
+        )
+        _finish[(query_tiles, B * H, rows * D // FRAGMENT.value)](
+            sums, dq, T, padded, *dq.stride()[:3], H, scale, D, rows
+        )
+
+    heads = (q, out, dout, dq, k, v, dk, dv)
+    if parts == 1:
+        compute(by_parts[0], lse, *heads)
+    else:
+        for each in zip(by_parts, lse.chunk(parts, 1), *(x.chunk(parts, 2) for x in heads), strict=True):
+            compute(*each)
+    return dq, dk, dv, by_parts[..., 1, :].transpose(0, 1).flatten(1, 2)

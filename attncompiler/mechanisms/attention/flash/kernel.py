@@ -148,7 +148,7 @@ def _backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attent
     q, k, v, dout, lse = inputs["q"], inputs["k"], inputs["v"], grads["out"], outputs["lse"]
     sizes, device = sizes_of(inputs), device_of(q.device)
     if hopper.serves_backward(device, inputs, options):
-        return hopper.backward(grads, inputs, outputs, options)
+        return hopper.backward(device, grads, inputs, outputs, options)
     sight, group = Sight.of(inputs, options), sizes.H // sizes.K
     V = v.shape[-1]
     wide, wide_v = padded(q.shape[-1], V)

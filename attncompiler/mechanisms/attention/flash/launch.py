@@ -42,6 +42,17 @@ def device_of(device: torch.device) -> Device:
     return Device(shared_memory, seen.multi_processor_count, (seen.major, seen.minor))
 
 
+PART_WAVES = 24
+"""Programs for each multiprocessor that a part of the heads has at least: what its last ones leave idle is 2% then."""
+
+
+def parts_of(programs: int, heads: int, device: Device) -> int:
+    """In how many parts of its `heads` a call of so many programs is computed, one after the other: the most that keep
+    the device busy, since what is held for a part in float32 is smaller for more of them."""
+    most = min(heads, programs // (PART_WAVES * device.multiprocessors))
+    return max((parts for parts in range(1, most + 1) if heads % parts == 0), default=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """The shape of a kernel's tiles, and how it is compiled.
