@@ -9,6 +9,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from attncompiler import targets
 from attncompiler.errors import Location, UsageError, fail
 from attncompiler.measured.table import Entry, Table, damaged, read_json
 from attncompiler.targets.target import Target
@@ -17,10 +18,13 @@ from attncompiler.targets.target import Target
 def entries(target: Target, *, here: bool) -> tuple[Entry, ...]:
     """What was measured on `target`, by the tables of the package.
 
+    For a GPU without a table that of another of its architecture stands in, the first by name: what orders kernels is
+    how they use the multiprocessors, more than how many there are. Each entry names its device.
+
     With `here` it is the machine at hand: the user's own entries for a device of this name come before those of the
     package. A process reads each file once. Raises UsageError (E605) on a table that is damaged.
     """
-    return _entries(target.name, target.title if here else None)
+    return _entries(target.name, target.compute_capability, target.title if here else None)
 
 
 def folder() -> Path:
@@ -59,8 +63,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 @cache
-def _entries(target: str, device: str | None) -> tuple[Entry, ...]:
-    packaged = _packaged(target)
+def _entries(target: str, architecture: tuple[int, int] | None, device: str | None) -> tuple[Entry, ...]:
+    packaged = _packaged(target, architecture)
     if device is None:
         return packaged
     table = _read(folder() / f"{target}.json", target)
@@ -74,9 +78,13 @@ def _tables() -> Traversable:
     return resources.files("attncompiler.measured").joinpath("tables")
 
 
-def _packaged(target: str) -> tuple[Entry, ...]:
-    file = _tables().joinpath(f"{target}.json")
-    return read_json(file.read_bytes(), target, str(file)).entries if file.is_file() else ()
+def _packaged(target: str, architecture: tuple[int, int] | None) -> tuple[Entry, ...]:
+    alike = [name for name in targets.names() if architecture and targets.get(name).compute_capability == architecture]
+    for name in (target, *alike):
+        file = _tables().joinpath(f"{name}.json")
+        if file.is_file():
+            return read_json(file.read_bytes(), name, str(file)).entries
+    return ()
 
 
 def _read(path: Path, target: str) -> Table | None:

@@ -199,7 +199,9 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("kind", CORRUPT)
-def test_a_corrupt_table_is_a_coded_error_with_its_place_and_is_left_alone(user: Path, kind: str) -> None:
+def test_a_corrupt_table_is_a_coded_error_with_its_place_and_is_left_alone(
+    user: Path, packaged: Callable[..., None], kind: str
+) -> None:
     text, said = CORRUPT[kind]
     path = user / "h200.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -247,7 +249,19 @@ def test_a_users_own_entries_count_here_for_the_same_device_and_before_the_packa
     store._entries.cache_clear()
     assert store.entries(target, here=True) == (own, other)
     assert store.entries(target, here=False) == (common, other)
-    assert store.entries(targets.get("h100"), here=True) == ()
+    assert store.entries(targets.get("a100-80"), here=True) == ()
+
+
+def test_a_gpu_without_a_table_is_planned_by_one_of_its_architecture(user: Path, packaged: Callable[..., None]) -> None:
+    hopper, ampere = entry({"sdpa": 3.0}), entry({"sdpa": 4.0})
+    packaged("h200", hopper)
+    packaged("a100-40", ampere)
+    found = {name: store.entries(targets.get(name), here=False) for name in ("h100", "a100-80", "b200", "cpu")}
+    assert found == {"h100": (hopper,), "a100-80": (ampere,), "b200": (), "cpu": ()}
+    own = entry({"sdpa": 5.0})
+    packaged("h100", own)
+    assert store.entries(targets.get("h100"), here=False) == (own,)
+    assert store.entries(targets.get("h200"), here=False) == (hopper,)
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
