@@ -92,6 +92,11 @@ def backward(
     if isinstance(pattern, SlidingWindow):
         window, global_tokens = min(pattern.window, 2**30), min(pattern.global_tokens, 2**30)
     B, S, K, D = inputs["k"].shape
+    visits, parts = _visits(inputs, options, hopper_backward.queries_of(D), transposed=True), 1
+    if options.deterministic or (visits is None and not global_tokens):
+        # keys that far more queries see than others would keep each part waiting: 24% at 131072 tokens, 64 of them
+        # global. What is deterministic is computed so all the same, for its memory.
+        parts = parts_of(-(-S // hopper_backward.KEYS) * B * K, K, device)
     dq, dk, dv, sums = hopper_backward.backward(
         grads["out"],
         inputs["q"],
@@ -105,8 +110,8 @@ def backward(
         scale=options.softmax_scale(D),
         softcap=options.softcap,
         deterministic=options.deterministic,
-        visits=_visits(inputs, options, hopper_backward.queries_of(D), transposed=True),
-        parts=parts_of(-(-S // hopper_backward.KEYS) * B * K, K, device),
+        visits=visits,
+        parts=parts,
     )
     found = {"q": dq, "k": dk, "v": dv}
     if "sinks" in inputs:
