@@ -69,7 +69,7 @@ def test_in_parts_gradients_are_what_they_are_at_once(
     assert all(verdict.ok for verdict in verdicts), "\n".join(map(str, verdicts))
     uneven = segments or "global_tokens" in pattern
     # by segments, the kernels for every architecture keep an order, and need no sums
-    assert bool(asked) == (deterministic and not segments or not uneven)
+    assert bool(asked) == ((deterministic and not segments) or not uneven)
     if not asked:
         return
     assert all(torch.equal(in_parts[name], at_once[name]) for name in ("k", "v"))
