@@ -43,6 +43,10 @@ def attention(
         typer.Option(metavar="PATTERN", help="a group of rows, or a row, or either with wildcards; default: all"),
     ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="also time torch's, cuDNN's and flash-attn's kernels")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="a kernel or a peer: time no others, but for the planned kernel"),
+    ] = None,
     save: Annotated[bool, typer.Option("--save", help="put the times into this device's measured table")] = False,
     tables: Annotated[
         Path | None,
@@ -64,6 +68,8 @@ def attention(
 
     if tables is not None and not save:
         raise fail(UsageError, "E602", "--tables says where --save keeps what was measured: give both")
+    if only and save:
+        raise fail(UsageError, "E602", "--save keeps what all kernels took in turns, and --only leaves some out")
     target = _target(device)
     kind = target.device_type
     chosen = select(run.rows(kind), rows or ())
@@ -77,7 +83,7 @@ def attention(
     taken: list[Measured] = []
     saved: Path | None = None
     with output.progress("measuring") as stage:
-        found = run.results(chosen, clock, getattr(torch, named), repeats, against_peers=peers)
+        found = run.results(chosen, clock, getattr(torch, named), repeats, against_peers=peers, only=only)
         for group, results in groupby(_staged(found, chosen, stage), key=lambda result: result.row.group):
             held: list[Measured] = []
             for result in results:

@@ -79,6 +79,14 @@ def test_everything_for_machines() -> None:
     assert data("--rows", "causal")["copy_bytes_per_second"] is None
 
 
+def test_only_those_that_are_named_and_the_planned_kernel_are_timed() -> None:
+    for row in data("--rows", "causal", "--rows", "decode", "--only", "eager", "--only", "SDPA")["rows"]:
+        assert row["cells"].keys() == {row["planned"], "eager", "SDPA"}
+    text = bench("--rows", "causal", "--only", "chunkwise")
+    assert "SDPA" not in text
+    assert "eager" not in text
+
+
 def test_what_is_saved_is_merged_and_orders_the_plans_of_this_machine(own: Path) -> None:
     here = detect_target("cpu")
     text = bench("--rows", "causal", "--rows", "sparse", "--save")
@@ -125,6 +133,8 @@ def test_a_table_of_nobody_is_left_as_it_is(own: Path) -> None:
     [
         ("E602 no row is named 'x'; there are causal/tiny", ("--device", "cpu", "--rows", "x")),
         ("E602 --tables says where", ("--device", "cpu", "--tables", "here")),
+        ("E602 --save keeps what all", ("--device", "cpu", "--save", "--only", "sdpa")),
+        ("E602 no kernel or peer is named 'FA3'; there are sdpa", ("--device", "cpu", "--only", "FA3")),
         ("E107 torch sees no 'cuda' device", ("--device", "cuda")),
         ("E107 torch sees no 'cuda' device", ("--device", "cuda:7")),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -102,8 +102,18 @@ def visible_pairs(row: Row) -> int:
     return sum(round(sees(policy(row), length)[1] * length**2) for length in lengths)
 
 
-def measure(row: Row, contestants: Sequence[Contestant], clock: Clock, dtype: torch.dtype, repeats: int) -> Measured:
-    """The row's cells. At most `repeats` turns each, fewer where a turn takes long."""
+def measure(
+    row: Row,
+    contestants: Sequence[Contestant],
+    clock: Clock,
+    dtype: torch.dtype,
+    repeats: int,
+    only: Collection[str] | None = None,
+) -> Measured:
+    """The row's cells. At most `repeats` turns each, fewer where a turn takes long.
+
+    With `only`, those of these names take part, and the planned kernel.
+    """
     taking = _Row(row, clock)
     inputs = taking.attempt(lambda: Inputs(row, str(clock.device), dtype))
     chain: tuple[str, ...] = ()
@@ -113,7 +123,8 @@ def measure(row: Row, contestants: Sequence[Contestant], clock: Clock, dtype: to
     else:
         chain = planned(inputs)
         for contestant in contestants:
-            taking.warm(contestant, inputs)
+            if only is None or contestant.name in (*only, *chain[:1]):
+                taking.warm(contestant, inputs)
         if chain and not taking.ran(chain[0]):
             # the planned kernel has one direction alone: what is run is a pair of kernels
             taking.warm(member(AUTO), inputs)

@@ -14,6 +14,7 @@ from attncompiler.bench.attention.grid import Measured, measure
 from attncompiler.bench.attention.peers import peers
 from attncompiler.bench.attention.rows import CPU, CUDA, Row
 from attncompiler.bench.device import Clock
+from attncompiler.errors import UsageError, fail
 from attncompiler.measured import Run
 from attncompiler.targets.target import Target
 
@@ -27,15 +28,30 @@ def rows(device_type: str) -> tuple[Row, ...]:
 
 
 def results(
-    chosen: Sequence[Row], clock: Clock, dtype: torch.dtype, repeats: int, *, against_peers: bool
+    chosen: Sequence[Row],
+    clock: Clock,
+    dtype: torch.dtype,
+    repeats: int,
+    *,
+    against_peers: bool,
+    only: Sequence[str] | None = None,
 ) -> Iterator[Measured]:
-    """Each row, measured; the last one that there is where the device is lost."""
+    """Each row, measured; the last one that there is where the device is lost.
+
+    With `only`, the kernels and peers of these names, and the planned kernel. Raises UsageError (E602) on a name that
+    is no kernel's and no peer's.
+    """
     device_type = clock.device.type
+    everyone = [each.name for row in chosen for each in members(device_type, row.pattern["kind"]) + peers(device_type)]
+    for name in only or ():
+        if name not in everyone:
+            known = ", ".join(dict.fromkeys(everyone))
+            raise fail(UsageError, "E602", f"no kernel or peer is named {name!r}", remedy=f"there are {known}")
     for row in chosen:
         taking = members(device_type, row.pattern["kind"])
-        if against_peers:
+        if against_peers or only is not None:
             taking += peers(device_type)
-        result = measure(row, taking, clock, dtype, repeats)
+        result = measure(row, taking, clock, dtype, repeats, only)
         yield result
         if result.lost:
             return
