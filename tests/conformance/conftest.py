@@ -90,13 +90,14 @@ def _row(entry: dict[str, Any], names: list[str], brief: bool) -> Any:
 def for_cases(request: pytest.FixtureRequest) -> Callable[..., None]:
     """`for_cases(check, *strategies)` calls the check with draws of the strategies; a smaller `share` of them."""
 
-    # the interpreter takes a second for a case
+    # the interpreter takes seconds for a case
     device = request.config.getoption("--device")
     slow = "kernel" in request.fixturenames and _interpreted(request.getfixturevalue("kernel"), device)
 
     def run(check: Callable[..., None], *strategies: st.SearchStrategy[Any], share: float = 1.0) -> None:
-        count = max(2, round(request.param * (min(share, 0.5) if slow else share)))
         few = request.param < 10  # the fast lane draws the same cases each time
+        most = (0.5 if few else 0.2) if slow else 1.0
+        count = max(2, round(request.param * min(share, most)))
         phases = (Phase.generate, Phase.shrink)
         same = settings(max_examples=count, deadline=None, database=None, phases=phases, derandomize=few)
         same(given(*strategies)(check))()

@@ -60,7 +60,7 @@ def drawn(pattern: Random, layer: int, rows: Tensor, blocks: Tensor | int, *, tr
     count = pattern.random_blocks
     if trimmed:
         count = min(count, int(candidates.max()) if len(rows) else 0)
-    start = torch.tensor(pattern.seed, dtype=torch.int64, device=rows.device)
+    start = torch.full((), pattern.seed, dtype=torch.int64, device=rows.device)
     state = mix(mix(mix(start) + layer) + rows)
     chosen = torch.full((len(rows), count), NONE, dtype=torch.int64, device=rows.device)
     for s in range(count):

@@ -26,8 +26,9 @@ from attncompiler.mechanisms.attention.flash.visible import column_positions, ro
 def delta_kernel(dout, out, delta, B, T, S, H, K, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
     """The sum over V of dout · out, both (B, T, H, V), as delta (B, H, T) in fp32."""
     sizes = Sizes(B, T, S, H, K)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, b = tl.program_id(1) % sizes.H, (tl.program_id(1) // sizes.H).to(tl.int64)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    both = tl.program_id(0).to(tl.int64)
+    head, b = both % sizes.H, both // sizes.H
     w = tl.arange(0, BLOCK_V)
     there = (row < sizes.T)[:, None] & (w < V)[None, :]
     down = dout.ptr + b * dout.batch + head * dout.head + row.to(tl.int64)[:, None] * dout.token + w[None, :]
@@ -110,7 +111,8 @@ def gather_kernel(
     wide = b.to(tl.int64)
     start = number * BLOCK_N
     column = start + tl.arange(0, BLOCK_N)
-    keys, values = k.ptr + wide * k.batch + kv_head * k.head, v.ptr + wide * v.batch + kv_head * v.head
+    far = kv_head.to(tl.int64)
+    keys, values = k.ptr + wide * k.batch + far * k.head, v.ptr + wide * v.batch + far * v.head
     key = tile_of(keys, k.token, start, sizes.S, D, BLOCK_N, BLOCK_D, True)
     value = tile_of(values, v.token, start, sizes.S, V, BLOCK_N, BLOCK_V, True)
     if meeting.table is not None:
@@ -126,8 +128,8 @@ def gather_kernel(
         slope = 0.0
         if scoring.slopes is not None:
             slope = tl.load(scoring.slopes + head)
-        queries = q.ptr + wide * q.batch + head * q.head, q.token
-        grads = dout.ptr + wide * dout.batch + head * dout.head, dout.token
+        queries = q.ptr + wide * q.batch + head.to(tl.int64) * q.head, q.token
+        grads = dout.ptr + wide * dout.batch + head.to(tl.int64) * dout.head, dout.token
         for n in range(partial):
             dkey, dvalue = _gather(
                 dkey, dvalue, key, value, partial_tile(meeting, bounds, number, n), queries, grads, lse, delta, rows,
@@ -186,11 +188,12 @@ def spread_kernel(
     kv_head, wide = head // GROUP, b.to(tl.int64)
     start = number * BLOCK_M
     row = start + tl.arange(0, BLOCK_M)
-    queries, grads = q.ptr + wide * q.batch + head * q.head, dout.ptr + wide * dout.batch + head * dout.head
+    far, far_kv = head.to(tl.int64), kv_head.to(tl.int64)
+    queries, grads = q.ptr + wide * q.batch + far * q.head, dout.ptr + wide * dout.batch + far * dout.head
     query = tile_of(queries, q.token, start, sizes.T, D, BLOCK_M, BLOCK_D, True)
     grad = tile_of(grads, dout.token, start, sizes.T, V, BLOCK_M, BLOCK_V, True)
-    keys = k.ptr + wide * k.batch + kv_head * k.head, k.token
-    values = v.ptr + wide * v.batch + kv_head * v.head, v.token
+    keys = k.ptr + wide * k.batch + far_kv * k.head, k.token
+    values = v.ptr + wide * v.batch + far_kv * v.head, v.token
     logarithm, of_row = _by_row(lse, delta, b, head, row[:, None], sizes)
     slope = 0.0
     if scoring.slopes is not None:

@@ -124,10 +124,10 @@ def attend_kernel(
     d, w = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     wide = b.to(tl.int64)
 
-    at = q.ptr + wide * q.batch + row.to(tl.int64)[:, None] * q.token + head[:, None] * q.head + d[None, :]
+    at = q.ptr + wide * q.batch + row.to(tl.int64)[:, None] * q.token + head.to(tl.int64)[:, None] * q.head + d[None, :]
     query = tl.load(at, mask=there[:, None] & (d < D)[None, :], other=0.0)
-    keys = k.ptr + wide * k.batch + kv_head * k.head, k.token
-    values = v.ptr + wide * v.batch + kv_head * v.head, v.token
+    keys = k.ptr + wide * k.batch + kv_head.to(tl.int64) * k.head, k.token
+    values = v.ptr + wide * v.batch + kv_head.to(tl.int64) * v.head, v.token
     slope = 0.0
     if scoring.slopes is not None:
         slope = tl.load(scoring.slopes + head, mask=there, other=0.0)[:, None]

@@ -71,7 +71,7 @@ def _prepare(
 
     That and `_finish` move 14 bytes for each of dQ's numbers, at the speed of a copy.
     """
-    tile, both = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    both, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = both // H, both % H
     rows, columns = tile * BM + tl.arange(0, BM), tl.arange(0, D)
     there = rows < T
@@ -95,7 +95,7 @@ def _prepare(
 @triton.jit
 def _finish(sums, dq, T, T_padded, dq_b, dq_t, dq_h, H, scale, D: tl.constexpr, BM: tl.constexpr):
     """The sums of dQ in their own order, scaled and rounded: one fragment of a tile of queries."""
-    tile, both, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    both, tile, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     fragment = tl.load(sums + (both * T_padded + tile * BM) * D + part * FRAGMENT + tl.arange(0, FRAGMENT)) * scale
     x = tl.reshape(fragment, [8, 4, 8, 4, 2, 2])  # column octet, warp, row, lane in quad, row half, column of a pair
     x = tl.reshape(tl.permute(x, [1, 4, 2, 0, 3, 5]), [64, 64])
@@ -639,7 +639,7 @@ def backward(
     ) -> None:
         """The gradients of some heads of keys and of their queries."""
         H, K = q.shape[2], k.shape[2]
-        _prepare[(query_tiles, B * H)](
+        _prepare[(B * H, query_tiles)](  # the second axis has at most 65535 programs
             out,
             dout,
             lse,
@@ -688,7 +688,7 @@ def backward(
             STAGES,
             num_warps=4,
         )
-        _finish[(query_tiles, B * H, rows * D // FRAGMENT.value)](
+        _finish[(B * H, query_tiles, rows * D // FRAGMENT.value)](
             sums, dq, T, padded, *dq.stride()[:3], H, scale, D, rows
         )
 

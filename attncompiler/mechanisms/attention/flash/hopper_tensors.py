@@ -34,7 +34,7 @@ def mappable(x: torch.Tensor) -> torch.Tensor:
         return x
     steps = [stride for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1]
     aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in steps[:-1])
-    return x if aligned and x.stride(-1) == 1 else x.contiguous()
+    return x if aligned and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def scales_of(scale: float, softcap: float | None) -> tuple[float, float]:

@@ -41,6 +41,7 @@ LONG_CLASS = 64
 
 def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tensor]:
     """q (B, T, H, D), k (B, S, K, D), v (B, S, K, V) → out (B, T, H, V), lse (B, H, T)."""
+    inputs = _side_by_side(inputs)
     if not _by_class(inputs, options):
         return _forward(inputs, options)
     keys = {name: tensor for name, tensor in inputs.items() if name != "sinks"}
@@ -48,6 +49,12 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tenso
     if "sinks" in inputs:
         results["out"], results["lse"] = sinks.join(results["out"], results["lse"], inputs["sinks"])
     return results
+
+
+def _side_by_side(inputs: Tensors) -> Tensors:
+    """The inputs, of which what has one number for each head is laid out so, as the kernels read it."""
+    apart = [name for name in ("sinks", "alibi_slopes") if name in inputs and not inputs[name].is_contiguous()]
+    return {**inputs, **{name: inputs[name].contiguous() for name in apart}} if apart else inputs
 
 
 def _by_class(inputs: Tensors, options: AttentionOptions) -> bool:
@@ -135,6 +142,7 @@ def _splits(programs: int, keys: int, blocks: Blocks, device: Device) -> int:
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: AttentionOptions) -> dict[str, torch.Tensor]:
     """The gradients of q, k, v and sinks, from the probabilities that the lse gives back."""
+    inputs = _side_by_side(inputs)
     if not _by_class(inputs, options):
         return _backward(grads, inputs, outputs, options)
     keys = {name: tensor for name, tensor in inputs.items() if name != "sinks"}
@@ -154,7 +162,7 @@ def _backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attent
     wide, wide_v = padded(q.shape[-1], V)
     delta = torch.empty_like(lse)
     rows = 32
-    delta_kernel[(triton.cdiv(sizes.T, rows), sizes.B * sizes.H)](
+    delta_kernel[(sizes.B * sizes.H, triton.cdiv(sizes.T, rows))](  # the second axis has at most 65535 programs
         strided(dout), strided(outputs["out"]), delta, *sizes, V=V, BLOCK_M=rows, BLOCK_V=wide_v
     )
     found = {name: torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in "qkv"}

@@ -149,7 +149,7 @@ def scoring_of(inputs: Tensors, options: AttentionOptions) -> Scoring:
 
 def precision(dtype: torch.dtype) -> str:
     """How fp32 is multiplied: exactly, or, where torch is told so for its own products, in tf32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def widths(inputs: Tensors) -> dict[str, Any]:

@@ -35,10 +35,12 @@ from attncompiler.mechanisms.attention.pattern import (
     SlidingWindow,
     Strided,
 )
-from attncompiler.mechanisms.attention.random_blocks import drawn
+from attncompiler.mechanisms.attention.random_blocks import NONE, drawn
 from attncompiler.mechanisms.attention.visibility import positions, query_mask, sequence_lengths
 from attncompiler.runtime.implementation import Tensors
 
+MOST_KEPT = 256
+"""Patterns' tables and lists, each of one length: a random pattern has its own in every layer, in both directions."""
 FAR = 2**30
 """A column beyond all others, in either direction."""
 NO_ROWS, NO_COLUMNS = Rows(None, None, None, None), Columns(None, None, None, None, None)
@@ -97,7 +99,7 @@ class Sight:
 # --- a pattern alone -------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=MOST_KEPT)
 def _of_pattern(pattern: Pattern, layer: int, T: int, S: int, device: torch.device) -> tuple[Rows, Columns]:
     rows = torch.arange(S - T, S, device=device)[None]
     columns = torch.arange(S, device=device)[None]
@@ -105,7 +107,7 @@ def _of_pattern(pattern: Pattern, layer: int, T: int, S: int, device: torch.devi
     return _described(pattern, layer, table, rows, columns, torch.full_like(rows, S))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=MOST_KEPT)
 def _lists(
     pattern: Pattern, layer: int, T: int, S: int, device: torch.device, tile_q: int, tile_k: int, transposed: bool
 ) -> Meeting:
@@ -123,6 +125,7 @@ def _lists(
 def _near(pattern: Pattern, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What queries at positions i see without regard to the order of time: [low, high), and all below a last one."""
     nothing, low, high = torch.zeros_like(i), torch.full_like(i, -FAR), torch.full_like(i, FAR)
+    nowhere = torch.full_like(i, -2 * FAR)  # also below keys at negative positions, however far from them
     match pattern:
         case SlidingWindow(window=window, global_tokens=tokens, causal=causal):
             everything = torch.zeros_like(i, dtype=torch.bool) if causal else i < tokens
@@ -132,10 +135,10 @@ def _near(pattern: Pattern, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 nothing + tokens,
             )
         case Chunked(chunk=chunk):
-            return i // chunk * chunk, high, nothing
+            return i // chunk * chunk, high, nowhere
         case Strided(block_size=size, window=reach):
             block = i // size
-            return (block - (reach - 1)) * size, (block + reach) * size, nothing
+            return (block - (reach - 1)) * size, (block + reach) * size, nowhere
         case LocalGlobal(block_size=size) | Random(block_size=size):
             block, reach = i // size, pattern.local_blocks
             everything = torch.zeros_like(i, dtype=torch.bool) if pattern.causal else block < pattern.global_blocks
@@ -144,7 +147,7 @@ def _near(pattern: Pattern, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 torch.where(everything, high, (block + reach) * size),
                 nothing + pattern.global_blocks * size,
             )
-    return low, high, nothing
+    return low, high, nowhere
 
 
 def row_table(pattern: Pattern, i: Tensor, column: Tensor, begin: Tensor, stop: Tensor) -> Tensor:
@@ -174,6 +177,7 @@ def _described(
             assert lengths is not None
             blocks = (-(-lengths // pattern.block_size)).expand_as(own).flatten()
         found = drawn(pattern, layer, own.flatten(), blocks, trimmed=False)
+        found = torch.where(found == NONE, -FAR, found)  # keys at negative positions have a block −1
         return rows._replace(drawn=_vectors(found.view(*own.shape, -1))), columns._replace(
             blocks=_vectors(j // pattern.block_size)
         )
@@ -213,8 +217,9 @@ def _of_masks(inputs: Tensors, options: AttentionOptions) -> Sight:
         return Sight(False, rows, columns, Window(None, None), ranges.keys, ranges.queries)
     columns = columns._replace(positions=_vectors(j))
     if ids is not None:
-        rows = rows._replace(segments=_vectors(ids))
-        columns = columns._replace(segments=_vectors(inputs.get("kv_segment_ids", ids)))
+        own, met = _numbered(ids, inputs.get("kv_segment_ids", ids))
+        rows = rows._replace(segments=_vectors(own))
+        columns = columns._replace(segments=_vectors(met))
 
     def all_of(length: int) -> MeetingOf:
         def meeting(own: int, met: int) -> Meeting:
@@ -226,6 +231,13 @@ def _of_masks(inputs: Tensors, options: AttentionOptions) -> Sight:
         return meeting
 
     return Sight(False, rows, columns, Window(None, None), all_of(S), all_of(T))
+
+
+def _numbered(*ids: Tensor) -> tuple[Tensor, ...]:
+    """Ids of 64 bits, each (B, n), as numbers from 0 on that are equal where they are."""
+    ordered, place = torch.cat(ids, 1).sort(1)
+    numbers = pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(1), (1, 0))
+    return torch.empty_like(numbers).scatter_(1, place, numbers).split([each.shape[1] for each in ids], 1)
 
 
 def _runs(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attncompiler.mechanisms.attention import sinks
@@ -39,12 +40,13 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    found, lse, *_ = _flash_attn_fwd(
-        *_wide(inputs, q, k, v),
-        softmax_scale=options.softmax_scale(q.shape[-1]),
-        **visibility(options, k.shape[1]),
-        return_lse=True,
-    )
+    with torch.cuda.device_of(q):  # the library launches on the current device
+        found, lse, *_ = _flash_attn_fwd(
+            *_wide(inputs, q, k, v),
+            softmax_scale=options.softmax_scale(q.shape[-1]),
+            **visibility(options, k.shape[1]),
+            return_lse=True,
+        )
     out = found[..., : v.shape[-1]].contiguous()
     if "sinks" in inputs:
         out, lse = sinks.join(out, lse, inputs["sinks"])
@@ -56,12 +58,13 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
     from flash_attn.cute.interface import _flash_attn_bwd
 
     q, k, v, lse = inputs["q"], inputs["k"], inputs["v"], outputs["lse"]
-    found = _flash_attn_bwd(
-        *_wide(inputs, q, k, v, outputs["out"], grads["out"]),
-        lse,
-        softmax_scale=options.softmax_scale(q.shape[-1]),
-        **visibility(options, k.shape[1]),
-    )
+    with torch.cuda.device_of(q):
+        found = _flash_attn_bwd(
+            *_wide(inputs, q, k, v, outputs["out"], grads["out"]),
+            lse,
+            softmax_scale=options.softmax_scale(q.shape[-1]),
+            **visibility(options, k.shape[1]),
+        )
     named = {
         name: grad[..., : inputs[name].shape[-1]].contiguous() for name, grad in zip("qkv", found[:3], strict=True)
     }
