@@ -40,8 +40,9 @@ class KernelFallbackWarning(UserWarning):
 
 
 @cache
-def _machine(device_type: str) -> tuple[Target, Environment]:
-    return detect_target(device_type), detect_environment()
+def _machine(device: torch.device) -> tuple[Target, Environment]:
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # what is detected is torch's current one
+        return detect_target(device.type), detect_environment()
 
 
 MOST_DECIDED = 4096
@@ -52,7 +53,7 @@ _decided: dict[Any, tuple[Decision, ...]] = {}
 
 
 def _decisions(
-    operator: Operator, chosen: tuple[str, ...], inputs: Tensors, options: Any, device: str
+    operator: Operator, chosen: tuple[str, ...], inputs: Tensors, options: Any, device: torch.device
 ) -> tuple[Decision, ...]:
     """What is to be said of each kernel that a call may run on, best first. Calls alike in all but values are asked
     about once: to ask takes longer than to launch a kernel."""
@@ -68,7 +69,12 @@ def _decisions(
 
 
 def _decide(
-    mechanism: Mechanism, operator: Operator, chosen: tuple[str, ...], inputs: Tensors, options: Any, device: str
+    mechanism: Mechanism,
+    operator: Operator,
+    chosen: tuple[str, ...],
+    inputs: Tensors,
+    options: Any,
+    device: torch.device,
 ) -> Iterator[Decision]:
     request, (target, environment) = operator.request(inputs, options), _machine(device)
     for name in chosen or _order(mechanism, request, inputs, options, device):
@@ -76,19 +82,21 @@ def _decide(
         yield name, kernel, () if kernel is None else refusals(kernel, request, target, environment)
 
 
-def _order(mechanism: Mechanism, request: Request, inputs: Tensors, options: Any, device: str) -> tuple[str, ...]:
+def _order(
+    mechanism: Mechanism, request: Request, inputs: Tensors, options: Any, device: torch.device
+) -> tuple[str, ...]:
     """Of a call that nobody chose kernels for: by what was measured on this machine, or the mechanism's own."""
     known = entries(_machine(device)[0], here=True)
     if mechanism.bucket is None or not known:
-        return mechanism.order(device, request.features)
+        return mechanism.order(device.type, request.features)
     shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
     bucket = partial(mechanism.bucket, shapes, options, request.dtype or "")
-    return auto_order(mechanism, device, request.features, known, bucket).kernels
+    return auto_order(mechanism, device.type, request.features, known, bucket).kernels
 
 
 def chain(operator: Operator, inputs: Tensors, options: Any) -> tuple[str, ...]:
     """The kernels that would serve a call of the operator without a site, the one that is tried first at the head."""
-    device = inputs[operator.inputs[0]].device.type
+    device = inputs[operator.inputs[0]].device
     decisions = _decisions(operator, options.kernel, inputs, options, device)
     return tuple(name for name, kernel, refused in decisions if kernel is not None and not refused)
 
@@ -101,7 +109,7 @@ def _walk(
     direction: str,
     call: Callable[[Implementation], dict[str, Tensor] | None],
 ) -> dict[str, Tensor]:
-    device = inputs[operator.inputs[0]].device.type
+    device = inputs[operator.inputs[0]].device
     site = registry.find(handle)
     reasons: list[str] = []
     chosen = options.kernel if site is None else site.chain
@@ -114,13 +122,13 @@ def _walk(
             if site is not None:
                 site.refused(name, direction, refused)
             continue
-        results = _attempt(kernel, site, direction, device, call, reasons)
+        results = _attempt(kernel, site, direction, device.type, call, reasons)
         if results is not None:
             return results
     raise fail(
         KernelError,
         "E501",
-        f"no kernel could run {operator.name} ({direction}) on {device}: " + " | ".join(reasons),
+        f"no kernel could run {operator.name} ({direction}) on {device.type}: " + " | ".join(reasons),
         remedy="leave out what is refused, or allow more kernels",
     )
 

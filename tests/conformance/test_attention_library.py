@@ -320,3 +320,11 @@ def test_a_call_states_its_lengths_only_where_the_pattern_reads_them() -> None:
 
     assert lengths(4, 4, "causal") is lengths(4, 9, "full") is None
     assert (lengths(4, 9, "causal"), lengths(9, 4, "causal")) == ("fewer queries than keys", "more queries than keys")
+
+
+@pytest.mark.parametrize(("B", "K", "copies"), [(3, 4, 3), (3, 2, 6), (1, 2, 1)])
+def test_a_dense_mask_is_counted_for_each_key_head_where_heads_are_grouped(B: int, K: int, copies: int) -> None:
+    """As often as `sdpa` has it in memory, whose key heads are sequences of their own then."""
+    inputs = {"q": torch.empty(B, 8, 4, 16), "attention_mask": torch.ones(B, 8, dtype=torch.bool)}
+    inputs |= {name: torch.empty(B, 8, K, 16) for name in "kv"}
+    assert OPERATOR.request(inputs, AttentionOptions()).features["mask_bytes"] == copies * 8 * 8 * 4

@@ -78,7 +78,10 @@ def _features(inputs: Tensors, options: AttentionOptions) -> Mapping[str, Value]
     pattern, positive = options.pattern, options.scale is None or options.scale > 0
     dense = any(masks.values()) or pattern.kind not in ("full", "causal")
     dense = dense or (pattern.kind == "causal" and T != 1 and not (T == S and positive))
-    mask_bytes = (B if any(masks.values()) else 1) * T * S * q.element_size() if dense else 0
+    copies = B * (
+        k.shape[2] if B > 1 and k.shape[2] != q.shape[2] else 1
+    )  # one for each key head where they are grouped
+    mask_bytes = (copies if any(masks.values()) else 1) * T * S * q.element_size() if dense else 0
     band = is_band(pattern) and positive and not any(masks.values())
     band = band and (T <= S if pattern.kind == "causal" else T == S)
     drawn_on_device = pattern.kind == "random" and (masks["positions"] or (any(masks.values()) and not pattern.causal))
