@@ -100,3 +100,36 @@ def test_tf32_is_asked_for_by_either_of_torchs_switches(place: Any) -> None:
         assert launch.precision(torch.float32) == "tf32"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = legacy
+
+
+def test_what_is_made_for_a_device_is_kept_once_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attncompiler.mechanisms.attention.flash import kept
+
+    asked: list[int] = []
+    done: list[torch.device] = []
+
+    @kept.kept
+    def make(number: int, device: torch.device) -> list[int]:
+        asked.append(number)
+        return [number]
+
+    class Stream:
+        def __init__(self, device: torch.device):
+            self.synchronize = lambda: done.append(device)
+
+    capturing = True
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(kept, "MOST", 2)
+    assert make(1, gpu) is not make(1, gpu), "what is captured is not computed"
+    assert not done
+    capturing = False
+    assert make(1, gpu) is make(1, gpu)
+    assert done == [gpu]
+    for number in (2, 3, 1):
+        make(number, torch.device("cpu"))
+    assert asked == [1, 1, 1, 2, 3, 1], "another device, and no more than two"
+    make(3, torch.device("cpu"))
+    assert len(asked) == 6
+    assert done == [gpu], "a CPU computes at once"

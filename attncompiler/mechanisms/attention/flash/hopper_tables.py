@@ -12,7 +12,6 @@ the last tile see nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from attncompiler.mechanisms.attention.block_lists import block_lists
-from attncompiler.mechanisms.attention.flash.sight import FAR, MOST_KEPT, row_table
+from attncompiler.mechanisms.attention.flash.kept import kept
+from attncompiler.mechanisms.attention.flash.sight import FAR, row_table
 from attncompiler.mechanisms.attention.pattern import LocalGlobal, Pattern, Random, SlidingWindow, Strided
 
 TILE = 128
@@ -95,7 +95,7 @@ def by_tiles(pattern: Pattern, T: int, S: int) -> bool:
     return sized and S % TILE == 0 and (S - T) % TILE == 0
 
 
-@lru_cache(maxsize=MOST_KEPT)
+@kept
 def of_pattern(
     pattern: Pattern, layer: int, T: int, S: int, device: torch.device, queries: int, transposed: bool
 ) -> Visits:
@@ -122,7 +122,7 @@ def of_pattern(
     return Visits(tables, int((met > HEAVY * met.double().mean()).sum()))
 
 
-@lru_cache(maxsize=MOST_KEPT)
+@kept
 def _rows_of_pattern(pattern: Pattern, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     i = torch.arange(S - T, S, device=device)[None]
     begin, stop, low, high, global_end, _ = row_table(pattern, i, i, torch.zeros_like(i), torch.full_like(i, S)).unbind(

@@ -1,5 +1,5 @@
 """What a call's visibility is to a GPU: numbers for its rows and columns, and which tiles meet. No value is read on the
-host, so a call can be recorded in a graph.
+host, so a call can be recorded in a graph, if one like it went before: lists of tiles are made on the host.
 
 A call is of one of three kinds. Where a pattern is simple arithmetic and nothing else hides a key, the kernels compute
 everything. Other patterns have block lists and a table of rows, made once and kept. Where masks or positions decide,
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attncompiler.mechanisms.attention.block_lists import TileList, block_lists
+from attncompiler.mechanisms.attention.flash.kept import kept
 from attncompiler.mechanisms.attention.flash.tiles import BOUNDS, Lists, Meeting
 from attncompiler.mechanisms.attention.flash.visible import Columns, Rows, Vectors, Window
 from attncompiler.mechanisms.attention.op import AttentionOptions
@@ -39,8 +39,6 @@ from attncompiler.mechanisms.attention.random_blocks import NONE, drawn
 from attncompiler.mechanisms.attention.visibility import positions, query_mask, sequence_lengths
 from attncompiler.runtime.implementation import Tensors
 
-MOST_KEPT = 256
-"""Patterns' tables and lists, each of one length: a random pattern has its own in every layer, in both directions."""
 FAR = 2**30
 """A column beyond all others, in either direction."""
 NO_ROWS, NO_COLUMNS = Rows(None, None, None, None), Columns(None, None, None, None, None)
@@ -99,7 +97,7 @@ class Sight:
 # --- a pattern alone -------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=MOST_KEPT)
+@kept
 def _of_pattern(pattern: Pattern, layer: int, T: int, S: int, device: torch.device) -> tuple[Rows, Columns]:
     rows = torch.arange(S - T, S, device=device)[None]
     columns = torch.arange(S, device=device)[None]
@@ -107,7 +105,7 @@ def _of_pattern(pattern: Pattern, layer: int, T: int, S: int, device: torch.devi
     return _described(pattern, layer, table, rows, columns, torch.full_like(rows, S))
 
 
-@lru_cache(maxsize=MOST_KEPT)
+@kept
 def _lists(
     pattern: Pattern, layer: int, T: int, S: int, device: torch.device, tile_q: int, tile_k: int, transposed: bool
 ) -> Meeting:
