@@ -173,7 +173,7 @@ def attention(
     aligned with the last key. `segment_ids` (B, T), equal ids being one contiguous run, keep packed documents apart;
     `kv_segment_ids` (B, S) are needed with them when T ≠ S. `attention_mask` (B, S) is non-zero for real tokens;
     query t reads mask[S − T + t]; rows of padding give 0. `q_positions` (B, T) and `kv_positions` (B, S) replace the
-    positions the pattern is read at.
+    positions the pattern is read at; on a GPU they lie between −2^30 and 2^30, which no kernel checks.
 
     In order: `softcap` c makes a score c·tanh(score / c) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2);
     `alibi_slopes` (H,) take slope · |i − j| from it (Press et al. 2022, https://arxiv.org/abs/2108.12409), i and j
