@@ -83,7 +83,7 @@ def attention(
     taken: list[Measured] = []
     saved: Path | None = None
     with output.progress("measuring") as stage:
-        found = run.results(chosen, clock, getattr(torch, named), repeats, against_peers=peers, only=only)
+        found = run.results(chosen, clock, getattr(torch, named), repeats, against_peers=peers, only=only or None)
         for group, results in groupby(_staged(found, chosen, stage), key=lambda result: result.row.group):
             held: list[Measured] = []
             for result in results:
