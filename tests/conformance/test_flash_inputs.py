@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from attncompiler import ops
-from attncompiler.mechanisms.attention.op import AttentionOptions, as_pattern, check
+from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, as_pattern, check
+from attncompiler.mechanisms.base import discover
+from attncompiler.mechanisms.case import Case
+from attncompiler.testing.conformance import reference_call
 
 launch = pytest.importorskip("attncompiler.mechanisms.attention.flash.launch")
 
@@ -133,3 +136,17 @@ def test_what_is_made_for_a_device_is_kept_once_it_is_computed(monkeypatch: pyte
     make(3, torch.device("cpu"))
     assert len(asked) == 6
     assert done == [gpu], "a CPU computes at once"
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_with_one_drawn_block_sees_no_other(sequences: int, masked: bool, device: str) -> None:
+    """Block 16 of queries sees the blocks 14 to 16 and a drawn one: not block 0, which nobody drew."""
+    q, k, v = (x[:, :, :1].expand(sequences, -1, -1, -1).contiguous() for x in heads(device, T=34))
+    pattern = {"kind": "random", "block_size": 2, "random_blocks": 1, "local_blocks": 3}
+    given = {"attention_mask": torch.ones(sequences, 34, dtype=torch.bool, device=device)} if masked else {}
+    tensors = {name: x for name, x in check(q=q[:, :1], k=k, v=v, **given).items() if x is not None}
+    case = Case(OPERATOR, tensors, AttentionOptions(pattern=as_pattern(pattern)), causal=True)
+    expected = reference_call(discover()["attention"])(case)
+    found = triton(q[:, :1], k, v, pattern, **given)
+    same({name: found[name] for name in expected}, expected)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import strategies as st
 from planted import FAULTS, Fault, planted
 
@@ -61,6 +62,15 @@ def test_nothing_is_found_where_nothing_is_planted(examples: int) -> None:
     assert report.examples == examples
     assert report.calls > examples
     assert sum(report.mechanisms.values()) >= examples
+
+
+def test_where_no_kernel_takes_fp64_the_reference_does() -> None:
+    """Or a model in fp32 would be held to what it loses against itself, which is nothing."""
+    subject = Subject(fuzzing.Inputs(parse(BASE), 2, 20, 0, "right", (3, 0)))
+    subject.__dict__["wide"] = subject.single
+    assert subject.exact.dtype is torch.float64
+    assert all(float(lost.max()) > 0 for name, lost in subject.truth.low_error.items() if "bias" not in name)
+    assert not list(model_laws.alone(subject))
 
 
 def breaking(subject: Subject) -> Iterator[Broken]:

@@ -186,7 +186,9 @@ def _vectors(tensor: Tensor) -> Vectors:
     """A tensor (B or 1, …) as int32, bool as bytes."""
     tensor = tensor.to(torch.uint8 if tensor.dtype == torch.bool else torch.int32).contiguous()
     if tensor[0].numel() == 1:
-        tensor = pad(tensor, (0, 1))  # Triton makes a stride of 1 a constant, and loses the tuple that has it
+        # Triton makes a stride of 1 a constant, and loses the tuple that has it. What stands there twice, as a row's
+        # one drawn block, says what it says once.
+        tensor = torch.cat((tensor, tensor), -1)
     return Vectors(tensor, tensor.stride(0) if len(tensor) > 1 else 0)
 
 
