@@ -119,12 +119,15 @@ def _place(sizes, tables, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, GLOBALS: g
     """The program's sequence, its head of keys, its first key; and the tiles of queries that see it, for the functions
     below: by index the first and the last one."""
     T, S, H, K, tiles, window, tokens, heavy, heads, program = sizes
-    if tables.order is not None:
+    GLOBALS_FIRST: gl.constexpr = WINDOW and GLOBALS and CAUSAL != LAST_FIRST
+    if tables.order is not None or GLOBALS_FIRST:
         # the tiles that most queries see come first, of all heads; the others head by head, for the L2 cache
         later = program - heavy * heads
-        light = tiles - heavy
+        light = gl.maximum(tiles - heavy, 1)
         both = gl.where(later < 0, program % heads, later // light)
-        number = gl.load(tables.order + gl.where(later < 0, program // heads, heavy + later % light))
+        number = gl.where(later < 0, program // heads, heavy + later % light)
+        if tables.order is not None:
+            number = gl.load(tables.order + number)
     else:
         section = (SECTION + tiles - 1) // tiles
         if CAUSAL == LAST_FIRST:
@@ -618,6 +621,9 @@ def backward(
         rows_desc = describe_numbers(table, [visits.fields, rows])
     query_tiles, key_tiles = triton.cdiv(T, rows), triton.cdiv(S, KEYS)
     padded = query_tiles * rows
+    heavy = visits.heavy
+    if window is not None and globals_:
+        heavy = min(triton.cdiv(global_tokens, KEYS), key_tiles)
     score_scale, cap_scale = scales_of(scale, softcap)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     q, k, v, dout = mappable(q), mappable(k), mappable(v), mappable(dout)
@@ -675,7 +681,7 @@ def backward(
             key_tiles,
             window or 0,
             global_tokens,
-            visits.heavy,
+            heavy,
             score_scale,
             scale,
             cap_scale,
