@@ -77,8 +77,10 @@ class Subject:
         """In fp64, on the reference where a kernel that the spec demands takes no more than fp32."""
         if self.wide is not self.single:
             return self.wide
-        policies = {name: policy.model_copy(update={"kernel": "eager"}) for name, policy in self.spec.policies.items()}
-        return self._model(torch.float64, self.spec.model_copy(update={"policies": policies}))
+        spec = self.spec
+        policies = {name: policy.model_copy(update={"kernel": "eager"}) for name, policy in spec.policies.items()}
+        fields = {name: getattr(spec, name) for name in spec.model_fields_set}
+        return self._model(torch.float64, ModelSpec(**fields | {"policies": policies}))
 
     @cached_property
     def single(self) -> CompiledModel:

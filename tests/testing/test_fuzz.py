@@ -66,10 +66,12 @@ def test_nothing_is_found_where_nothing_is_planted(examples: int) -> None:
 
 def test_where_no_kernel_takes_fp64_the_reference_does() -> None:
     """Or a model in fp32 would be held to what it loses against itself, which is nothing."""
-    subject = Subject(fuzzing.Inputs(parse(BASE), 2, 20, 0, "right", (3, 0)))
+    spec = parse(BASE.replace("num_attention_heads", "kernel: [sdpa], num_attention_heads"))
+    subject = Subject(fuzzing.Inputs(spec, 2, 20, 0, "right", (3, 0)))
     subject.__dict__["wide"] = subject.single
     assert subject.exact.dtype is torch.float64
-    assert all(float(lost.max()) > 0 for name, lost in subject.truth.low_error.items() if "bias" not in name)
+    assert {choice.chain for choice in subject.exact.plan.policies} == {("eager",)}
+    assert all(float(lost.max()) > 0 for lost in subject.truth.low_error.values())
     assert not list(model_laws.alone(subject))
 
 
