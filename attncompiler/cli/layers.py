@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attncompiler.cli import output
+from attncompiler.planning.explanation import kernels_text
 from attncompiler.report.units import gib, seconds, si
 
 
@@ -24,7 +25,7 @@ def layers(explained: dict[str, Any], *, costs: bool) -> None:
             layer["policy"],
             _mechanism(layer),
             layer["mlp"],
-            ", ".join(layer["chain"]) or "none",
+            kernels_text(layer),
             f"{layer['parameters']:,}",
         ]
         if costs:

@@ -46,6 +46,7 @@ def _layer(spec: ModelSpec, layer: ResolvedLayer, planned: PlannedLayer) -> Emit
         max_position_embeddings=spec.model.max_position_embeddings,
         norm_eps=spec.model.norm.eps,
         chain=planned.chain,
+        backward=planned.choice.backward,
         on_failure=spec.fallback.on_failure,
         deterministic=spec.deterministic,
     )
@@ -56,6 +57,7 @@ def _layer(spec: ModelSpec, layer: ResolvedLayer, planned: PlannedLayer) -> Emit
             node.meta["attncompiler"] = {
                 "policy": layer.policy_name,
                 "chain": planned.chain,
+                "backward": planned.choice.backward,
                 "refusals": planned.refusals,
             }
     return emitted

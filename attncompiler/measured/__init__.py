@@ -5,8 +5,8 @@ that ran. `attncompiler bench … --save` writes it. Those in `tables/`, which c
 plan is made; a user's own, in the application's data folder, count on the machine at hand alone.
 """
 
-from attncompiler.measured.order import LAST, Order, ordered
+from attncompiler.measured.order import LAST, Order, ordered, walked
 from attncompiler.measured.store import entries, save
 from attncompiler.measured.table import Bucket, Entry, Run, Table, Times
 
-__all__ = ["LAST", "Bucket", "Entry", "Order", "Run", "Table", "Times", "entries", "ordered", "save"]
+__all__ = ["LAST", "Bucket", "Entry", "Order", "Run", "Table", "Times", "entries", "ordered", "save", "walked"]

@@ -309,15 +309,17 @@ def auto_order(
     features: Mapping[str, Value],
     entries: Sequence[Entry],
     bucket: Callable[[], Bucket],
+    serves: Callable[[str], bool],
 ) -> Order:
-    """The order of `kernel: auto`, at plan time and at run time: the mechanism's own, refined by what was measured.
+    """The order of `kernel: auto`, at plan time and at run time: the mechanism's own, refined by what was measured of
+    the kernels that serve.
 
-    `bucket` is asked only where there is something to look up.
+    `bucket` and `serves` are asked only where there is something to look up.
     """
     static = mechanism.order(device_type, features)
     if mechanism.bucket is None or not any(entry.mechanism == mechanism.name for entry in entries):
         return Order(static)
-    return ordered(static, mechanism.name, bucket(), entries)
+    return ordered(static, mechanism.name, bucket(), entries, serves)
 
 
 @cache

@@ -65,6 +65,7 @@ def _layers(spec: ModelSpec, plan: Plan, cost: ModelCost) -> Iterator[dict[str, 
             "count": len(members),
             "mlp": layer.mlp.kind,
             "chain": list(planned.chain),
+            "backward": planned.choice.backward,
             "measured": None if planned.choice.measured is None else planned.choice.measured.model_dump(),
             "refusals": [
                 {
@@ -86,6 +87,12 @@ def _layers(spec: ModelSpec, plan: Plan, cost: ModelCost) -> Iterator[dict[str, 
             "forward_seconds": time.forward,
             "backward_seconds": time.backward,
         }
+
+
+def kernels_text(layer: dict[str, Any], between: str = ", ") -> str:
+    """The chain of an explained layer, best first, and whose backward comes first where that is another's."""
+    backward = f"; backward first by {layer['backward']}" if layer["backward"] else ""
+    return (between.join(layer["chain"]) or "none") + backward
 
 
 def ranges(indices: Iterable[int]) -> str:

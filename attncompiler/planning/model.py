@@ -48,10 +48,18 @@ class PlannedPolicy(StrictModel):
     """the kernel that the policy named alone, which must serve"""
     chain: Names
     refusals: Annotated[tuple[RefusedKernel, ...], Field(strict=False)]
+    backward: str | None = None
+    """the kernel of the chain whose backward is tried first, where that is not the chain's first"""
     measured: Measured | None = None
     """where the order comes from measured tables; None where it is the mechanism's own, or the spec's"""
     cost: Cost
     """of one mixer on the first kernel of the chain, for the plan's batch and length"""
+
+    @model_validator(mode="after")
+    def _backward_is_of_the_chain(self) -> Self:
+        if self.backward is not None and self.backward not in self.chain[1:]:
+            raise ValueError(f"the backward's kernel {self.backward!r} is not one of the chain behind its first")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +131,10 @@ class Plan(StrictModel):
             raise PlanError(found)
         return self
 
-    def choices(self) -> tuple[tuple[str, ...], ...]:
-        """The chain of every layer, in order: what two plans must share to run the same kernels."""
-        return tuple(layer.chain for layer in self.layers)
+    def choices(self) -> tuple[tuple[tuple[str, ...], str | None], ...]:
+        """The chain of every layer, and whose backward comes first: what two plans must share to run the same
+        kernels."""
+        return tuple((layer.chain, layer.choice.backward) for layer in self.layers)
 
     def to_json(self) -> str:
         """The plan as JSON, one value a line, in the order of its fields, without those that have their default."""

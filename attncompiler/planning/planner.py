@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 
 from attncompiler import targets
 from attncompiler.errors import Diagnostic, PlanError
@@ -169,11 +170,15 @@ def _choose(
     request = Request(mechanism.name, features, spec.model.dtype)
     chain, refused = [], []
     known = entries(target, here=environment is not None)
-    order = candidates(spec, policy, mechanism, request, target, size, known)
+
+    @cache
+    def reasons(candidate: str) -> tuple[Refusal, ...]:
+        return kernel_refusals(mechanism, candidate, request, target, environment)
+
+    order = candidates(spec, policy, mechanism, request, target, size, known, lambda name: not reasons(name))
     for candidate in order.kernels:
-        reasons = kernel_refusals(mechanism, candidate, request, target, environment)
-        if reasons:
-            refused.append(RefusedKernel(kernel=candidate, reasons=reasons))
+        if reasons(candidate):
+            refused.append(RefusedKernel(kernel=candidate, reasons=reasons(candidate)))
         else:
             chain.append(candidate)
     return PlannedPolicy(
@@ -182,6 +187,7 @@ def _choose(
         demanded=policy.kernel if isinstance(policy.kernel, str) and policy.kernel != "auto" else None,
         chain=tuple(chain),
         refusals=tuple(refused),
+        backward=order.backward,
         measured=_measured(order.by, chain),
         cost=mixer_cost(policy, replace(size, kernel=chain[0])) if chain else Cost(),
     )
@@ -195,10 +201,11 @@ def candidates(
     target: Target,
     size: MixerSize,
     known: tuple[Entry, ...] = (),
+    serves: Callable[[str], bool] = lambda name: True,
 ) -> Order:
     """The kernels that may serve, best first: a name or list of the policy's, else of `fallback.order`, else all.
 
-    All of them come in the mechanism's own order, refined by what is `known` of them at that size.
+    All of them come in the mechanism's own order, refined by what is `known` at that size of those that serve.
     """
     asked = policy.kernel
     if asked == "auto":
@@ -211,7 +218,7 @@ def candidates(
         assert mechanism.shapes is not None
         return mechanism.bucket(mechanism.shapes(policy, size), policy, spec.model.dtype)
 
-    return auto_order(mechanism, target.device_type, request.features, known, bucket)
+    return auto_order(mechanism, target.device_type, request.features, known, bucket, serves)
 
 
 def _measured(by: Entry | None, chain: Iterable[str]) -> Measured | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from attncompiler.planning.explanation import kernels_text
 from attncompiler.report.units import gib, seconds, si
 
 STYLE = """
@@ -40,7 +41,7 @@ def _target(explained: dict[str, Any], *, is_emitted: bool) -> str:
             layer["policy"],
             layer["mechanism"],
             layer["mlp"],
-            " → ".join(layer["chain"]) or "none",
+            kernels_text(layer, " → "),
             f"{layer['parameters']:,}",
             f"{si(layer['forward_flops'])}FLOP, {seconds(layer['forward_seconds'])}",
             f"{si(layer['backward_flops'])}FLOP, {seconds(layer['backward_seconds'])}",

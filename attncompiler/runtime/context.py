@@ -17,6 +17,8 @@ class MixerContext:
     chain: tuple[str, ...]
     on_failure: str = "next"
     deterministic: bool = False
+    backward: str | None = None
+    """the kernel whose backward is tried first, where that is not the first of the chain"""
 
     @property
     def label(self) -> str:

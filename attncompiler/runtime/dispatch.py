@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attncompiler.blocks.autocast import no_autocast
 from attncompiler.errors import InputError, KernelError, fail
-from attncompiler.measured import entries
+from attncompiler.measured import Order, entries, walked
 from attncompiler.mechanisms.base import (
     Kernel,
     Mechanism,
@@ -53,18 +53,18 @@ _decided: dict[Any, tuple[Decision, ...]] = {}
 
 
 def _decisions(
-    operator: Operator, chosen: tuple[str, ...], inputs: Tensors, options: Any, device: torch.device
+    operator: Operator, chosen: tuple[str, ...], inputs: Tensors, options: Any, device: torch.device, direction: str
 ) -> tuple[Decision, ...]:
-    """What is to be said of each kernel that a call may run on, best first. Calls alike in all but values are asked
-    about once: to ask takes longer than to launch a kernel."""
+    """What is to be said of each kernel that a call may run on, best first: those `chosen`, or by the mechanism's own
+    order. Calls alike in all but values are asked about once: to ask takes longer than to launch a kernel."""
     mechanism = discover()[operator.name]
     alike = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
-    key = mechanism, device, chosen, options, alike
+    key = mechanism, device, chosen or direction, options, alike
     found = _decided.get(key)
     if found is None:
         if len(_decided) >= MOST_DECIDED:
             _decided.clear()
-        found = _decided[key] = tuple(_decide(mechanism, operator, chosen, inputs, options, device))
+        found = _decided[key] = tuple(_decide(mechanism, operator, chosen, inputs, options, device, direction))
     return found
 
 
@@ -75,30 +75,49 @@ def _decide(
     inputs: Tensors,
     options: Any,
     device: torch.device,
+    direction: str,
 ) -> Iterator[Decision]:
     request, (target, environment) = operator.request(inputs, options), _machine(device)
-    for name in chosen or _order(mechanism, request, inputs, options, device):
+
+    @cache
+    def decided(name: str) -> Decision:
         kernel = mechanism.kernel(name)
-        yield name, kernel, () if kernel is None else refusals(kernel, request, target, environment)
+        return name, kernel, () if kernel is None else refusals(kernel, request, target, environment)
+
+    if chosen:
+        yield from map(decided, chosen)
+        return
+    order = _order(mechanism, request, inputs, options, device, lambda name: _serves(decided(name)))
+    yield from map(decided, walked(order.kernels, order.backward, direction))
+
+
+def _serves(decision: Decision) -> bool:
+    _, kernel, refused = decision
+    return kernel is not None and not refused
 
 
 def _order(
-    mechanism: Mechanism, request: Request, inputs: Tensors, options: Any, device: torch.device
-) -> tuple[str, ...]:
+    mechanism: Mechanism,
+    request: Request,
+    inputs: Tensors,
+    options: Any,
+    device: torch.device,
+    serves: Callable[[str], bool],
+) -> Order:
     """Of a call that nobody chose kernels for: by what was measured on this machine, or the mechanism's own."""
     known = entries(_machine(device)[0], here=True)
     if mechanism.bucket is None or not known:
-        return mechanism.order(device.type, request.features)
+        return Order(mechanism.order(device.type, request.features))
     shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
     bucket = partial(mechanism.bucket, shapes, options, request.dtype or "")
-    return auto_order(mechanism, device.type, request.features, known, bucket).kernels
+    return auto_order(mechanism, device.type, request.features, known, bucket, serves)
 
 
-def chain(operator: Operator, inputs: Tensors, options: Any) -> tuple[str, ...]:
+def chain(operator: Operator, inputs: Tensors, options: Any, direction: str = "forward") -> tuple[str, ...]:
     """The kernels that would serve a call of the operator without a site, the one that is tried first at the head."""
     device = inputs[operator.inputs[0]].device
-    decisions = _decisions(operator, options.kernel, inputs, options, device)
-    return tuple(name for name, kernel, refused in decisions if kernel is not None and not refused)
+    decisions = _decisions(operator, options.kernel, inputs, options, device, direction)
+    return tuple(decision[0] for decision in decisions if _serves(decision))
 
 
 def _walk(
@@ -112,8 +131,8 @@ def _walk(
     device = inputs[operator.inputs[0]].device
     site = registry.find(handle)
     reasons: list[str] = []
-    chosen = options.kernel if site is None else site.chain
-    for name, kernel, refused in _decisions(operator, chosen, inputs, options, device):
+    chosen = options.kernel if site is None else walked(site.chain, site.backward, direction)
+    for name, kernel, refused in _decisions(operator, chosen, inputs, options, device, direction):
         if kernel is None:
             reasons.append(f"{name}: not built in this version")
             continue

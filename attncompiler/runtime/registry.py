@@ -22,9 +22,11 @@ Direction = Literal["forward", "backward"]
 class Record:
     """What a site may run, and what it ran: calls by (kernel, direction), refusals and failures by kernel."""
 
-    def __init__(self, label: str, chain: Iterable[str], on_failure: str):
+    def __init__(self, label: str, chain: Iterable[str], on_failure: str, backward: str | None = None):
         self.label = label
         self.chain = tuple(chain)
+        self.backward = backward
+        """the kernel whose backward is tried first, where that is not the first of the chain"""
         self.on_failure = on_failure
         self.calls: Counter[tuple[str, str]] = Counter()
         self.refusals: dict[tuple[str, str], tuple[Refusal, ...]] = {}

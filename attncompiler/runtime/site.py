@@ -20,13 +20,20 @@ class Site(nn.Module):
     """
 
     def __init__(
-        self, mechanism: str, chain: Iterable[str], options: OperatorOptions, *, label: str, on_failure: str = "next"
+        self,
+        mechanism: str,
+        chain: Iterable[str],
+        options: OperatorOptions,
+        *,
+        label: str,
+        on_failure: str = "next",
+        backward: str | None = None,
     ):
         super().__init__()
         self.mechanism = mechanism
         self.label = label
         self.options = options_text(options)
-        self._adopt(registry.Record(label, chain, on_failure))
+        self._adopt(registry.Record(label, chain, on_failure, backward))
 
     def _adopt(self, record: registry.Record) -> None:
         self.record = record
@@ -39,14 +46,16 @@ class Site(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state["record"] = (self.record.label, self.record.chain, self.record.on_failure)
+        record = self.record
+        state["record"] = (record.label, record.chain, record.on_failure, record.backward)
         del state["handle"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        label, chain, on_failure = state.pop("record")
+        record = state.pop("record")
         super().__setstate__(state)
-        self._adopt(registry.Record(label, chain, on_failure))
+        self._adopt(registry.Record(*record))
 
     def extra_repr(self) -> str:
-        return f"{self.mechanism}: {' → '.join(self.chain)}"
+        backward = f", backward by {self.record.backward}" if self.record.backward else ""
+        return f"{self.mechanism}: {' → '.join(self.chain)}{backward}"

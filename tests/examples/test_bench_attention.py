@@ -400,11 +400,22 @@ def test_ratios_are_of_the_planned_kernel() -> None:
 
 
 def test_a_planned_kernel_without_a_backward_is_measured_as_the_pair_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "planned", lambda inputs: ("ring", "sdpa"))
+    monkeypatch.setattr(grid, "planned", lambda inputs, direction="": ("ring", "sdpa"))
     result = measure(SMALL[0], contestants.member("ring"), contestants.member("sdpa"))
     assert isinstance(result.cells["auto"].both, Samples)
     assert result.plan is result.cells["auto"]
     assert [list(entry.kernels) for entry in keep.entries([result], RUN, "float32")] == [["sdpa"]]
+
+
+def test_two_kernels_that_share_a_call_are_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    chains = {"": ("sdpa", "chunkwise"), "backward": ("chunkwise", "sdpa")}
+    monkeypatch.setattr(grid, "planned", lambda inputs, direction="": chains[direction])
+    result = measure(SMALL[0], contestants.member("sdpa"), contestants.member("chunkwise"))
+    assert result.plan is result.cells["auto"]
+    _, verdict, _ = report.tables("small", [result], None)
+    assert dict(zip(verdict.columns, verdict.rows[0], strict=True))["planned"] == "sdpa, backward chunkwise"
+    assert report.as_data(result)["planned_backward"] == "chunkwise"
+    assert [sorted(entry.kernels) for entry in keep.entries([result], RUN, "float32")] == [["chunkwise", "sdpa"]]
 
 
 def test_speed_counts_visible_pairs_and_a_step_what_it_reads() -> None:

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_specs import small
 from tables import RUN, bucket, entry
 
 from attncompiler import pipeline, targets
-from attncompiler.errors import UsageError
-from attncompiler.measured import LAST, Entry, Order, Table, Times, ordered, save, store
-from attncompiler.measured.order import nearest
+from attncompiler.errors import ArtifactError, UsageError
+from attncompiler.measured import LAST, Entry, Order, Table, Times, ordered, save, store, walked
+from attncompiler.measured.order import NEAR, nearest
 from attncompiler.measured.table import read_json
 from attncompiler.mechanisms.base import auto_order, discover
 from attncompiler.planning import Plan, plan
+from attncompiler.planning.explanation import kernels_text
+from attncompiler.runtime.site import Site
 from attncompiler.targets.detect import detect_environment, detect_target
 
 CAUSAL = "{kind: attention, num_attention_heads: 4}"
@@ -85,7 +88,12 @@ def test_an_order_is_a_permutation_in_which_those_that_were_measured_are_sorted(
     measured = [name for name in order.kernels if name in times]
     least = [min(way) for way in zip(*times.values(), strict=True)]
     worst = [max(time / best for time, best in zip(times[name], least, strict=True)) for name in measured]
-    assert worst == sorted(worst)
+    if order.backward is None:
+        assert worst == sorted(worst)
+    else:
+        assert worst[1:] == sorted(worst[1:])
+        assert times[measured[0]][0] == least[0]
+        assert measured[0] != order.backward
     for name, before in zip(order.kernels, static, strict=True):
         if before not in times:
             assert name == before, "a kernel that was not measured keeps its place"
@@ -119,8 +127,28 @@ def test_a_decoding_step_is_ordered_by_its_forward() -> None:
 
 def test_the_first_kernel_is_near_the_best_both_ways_where_one_is() -> None:
     """The best of either way would be 10% slower than another in the other way."""
-    kernels = {"flash": (1.00, 3.30), "cudnn": (1.10, 3.00), "triton": (1.02, 3.06), "sdpa": (3.0, 2.99)}
-    assert ordered(STATIC, "attention", bucket(), [entry(kernels)]).kernels[:4] == ("triton", "cudnn", "flash", "sdpa")
+    kernels = {"flash": (1.00, 3.30), "cudnn": (1.10, 3.00), "triton": (1.008, 2.92), "sdpa": (3.0, 5.0)}
+    order = ordered(STATIC, "attention", bucket(), [entry(kernels)])
+    assert (order.kernels[:4], order.backward) == (("triton", "cudnn", "flash", "sdpa"), None)
+
+
+def test_two_kernels_share_a_call_where_none_is_near_the_best_both_ways() -> None:
+    """The forward of one takes 1.0, the backward of the other 2.0: together 3.0, and neither alone below 3.05."""
+    kernels = {"flash": (1.00, 3.10), "cudnn": (1.05, 3.05), "triton": (2.0, 4.5)}
+    order = ordered(STATIC, "attention", bucket(), [entry(kernels)])
+    assert order.kernels[:3] == ("flash", "cudnn", "triton")
+    assert order.backward == "cudnn"
+    assert walked(order.kernels, order.backward, "forward") == order.kernels
+    assert walked(order.kernels, order.backward, "backward") == ("cudnn", "flash", *order.kernels[2:])
+    refused = ordered(STATIC, "attention", bucket(), [entry(kernels)], lambda name: name != "cudnn")
+    assert (refused.kernels[:3], refused.backward) == (("flash", "cudnn", "triton"), None), "who is refused joins none"
+    assert ordered(("linformer", *STATIC), "attention", bucket(), [entry(kernels)]).backward is None, (
+        "an unmeasured kernel comes first"
+    )
+    near = {**kernels, "sdpa": (1.0 * NEAR, 3.0 * NEAR)}
+    alone = ordered(STATIC, "attention", bucket(), [entry(near)])
+    assert (alone.kernels[0], alone.backward) == ("sdpa", None)
+    assert ordered(STATIC, "attention", bucket(step=True), [entry(kernels, step=True)]).backward is None
 
 
 def test_equal_times_keep_the_order_and_one_time_alone_changes_nothing() -> None:
@@ -289,6 +317,27 @@ def test_a_listed_target_is_planned_by_the_packages_table_and_says_so(
     assert plan(spec, "t4").layers[0].choice.measured is None
 
 
+def test_a_plan_says_whose_backward_comes_first(packaged: Callable[..., None], user: Path) -> None:
+    """The forward of chunkwise and the backward of sdpa are the fastest; of layers that it is not so for, nothing."""
+    spec = small(CAUSAL)
+    packaged("cpu", entry({"sdpa": (1.1, 2.0), "chunkwise": (1.0, 3.0)}))
+    made = plan(spec, "cpu")
+    choice = made.layers[0].choice
+    assert (choice.chain, choice.backward) == (("chunkwise", "sdpa", "eager"), "sdpa")
+    assert Plan.from_json(made.to_json()) == made
+    [layer] = pipeline.explain(spec)["cpu"]["layers"]
+    assert layer["backward"] == "sdpa"
+    assert kernels_text(layer) == "chunkwise, sdpa, eager; backward first by sdpa"
+    model = pipeline.build(spec, target="cpu")
+    model(torch.zeros(1, 5, dtype=torch.long)).sum().backward()
+    [record] = [each.record for each in model.modules() if isinstance(each, Site)]
+    assert record.calls == {("chunkwise", "forward"): 1, ("sdpa", "backward"): 1}
+    for wrong in ("eager2", "chunkwise"):
+        text = made.to_json().replace('"backward": "sdpa"', f'"backward": "{wrong}"')
+        with pytest.raises(ArtifactError, match="not one of the chain behind its first"):
+            Plan.from_json(text)
+
+
 def test_the_machine_is_planned_by_the_users_table(user: Path) -> None:
     spec, here = small(CAUSAL), detect_target("cpu")
     save([entry(SLOW_SDPA, run=RUN.model_copy(update={"device": here.title}))], here.name)
@@ -402,7 +451,7 @@ def test_a_mechanism_without_buckets_keeps_its_order() -> None:
     mechanism = discover()["mamba"]
     other = entry({"chunkwise": 2.0, "eager": 1.0}).model_copy(update={"mechanism": "mamba"})
 
-    def never() -> Any:
+    def never(*_: object) -> Any:
         raise AssertionError("it is not asked")
 
-    assert auto_order(mechanism, "cpu", {}, [other], never) == Order(mechanism.order("cpu", {}))
+    assert auto_order(mechanism, "cpu", {}, [other], never, never) == Order(mechanism.order("cpu", {}))

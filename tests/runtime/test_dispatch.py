@@ -63,6 +63,29 @@ def test_the_first_kernel_of_the_chain_runs_and_is_recorded() -> None:
     assert not one.record.refusals
 
 
+def test_the_backward_may_begin_with_another_kernel_and_goes_on_along_the_chain() -> None:
+    options = AttentionOptions()
+    one = AttentionSite("attention", ("chunkwise", "sdpa", "eager"), options, label="a", backward="eager")
+    two = AttentionSite("attention", ("chunkwise",), options, label="b")
+    inputs = qkv()
+    gradients = []
+    for each in (one, copy.deepcopy(one), two):
+        out, _ = each(*inputs)
+        gradients.append(torch.autograd.grad(out.square().sum(), inputs))
+        backward = "eager" if each is not two else "chunkwise"
+        assert each.record.calls == {("chunkwise", "forward"): 1, (backward, "backward"): 1}
+    torch.testing.assert_close(gradients[0], gradients[-1])
+    assert "backward by eager" in repr(one)
+
+
+@pytest.mark.usefixtures("planted")
+def test_a_kernel_without_a_backward_leaves_it_to_the_chain() -> None:
+    one = AttentionSite("attention", ("eager", "forward_only"), AttentionOptions(), label="a", backward="forward_only")
+    out, _ = one(*qkv())
+    out.sum().backward()
+    assert one.record.calls == {("eager", "forward"): 1, ("eager", "backward"): 1}
+
+
 @pytest.mark.usefixtures("planted")
 def test_a_failure_moves_on_with_a_warning_and_a_record_and_the_same_result() -> None:
     q, k, v = qkv()

@@ -25,14 +25,19 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         store._entries.cache_clear()
         dispatch._decided.clear()
 
-    def put(length: int, **seconds: float) -> Path:
+    def put(length: int, **seconds: float | tuple[float, float]) -> Path:
         here = detect_target("cpu")
         levels = {"width": 2, "block": 0, "group": 0, "density": 0, "length": length}
         each = Entry(
             mechanism="attention",
             bucket=Bucket(dtype="float32", kind="causal", levels=levels),
             run=Run(device=here.title, date="2026-11-26", versions={}),
-            kernels={name: Times(forward=time, both=time) for name, time in seconds.items()},
+            kernels={
+                name: Times(forward=time[0], both=time[1])
+                if isinstance(time, tuple)
+                else Times(forward=time, both=time)
+                for name, time in seconds.items()
+            },
         )
         path = save([each], here.name)
         forget()
@@ -71,6 +76,15 @@ def test_what_runs_is_the_first_of_that_order(measured: Callable[..., Path], mon
     site = AttentionSite("attention", ("sdpa",), AttentionOptions(), label="layers.0.mixer")
     site(*inputs.values())
     assert ran == ["eager", "chunkwise", "sdpa"]
+
+
+def test_each_direction_begins_with_the_kernel_that_is_fastest_in_it(measured: Callable[..., Path]) -> None:
+    measured(3, sdpa=(1.1, 2.0), chunkwise=(1.0, 3.0))
+    options = AttentionOptions()
+    assert dispatch.chain(OPERATOR, qkv(8), options) == ("chunkwise", "sdpa", "eager")
+    assert dispatch.chain(OPERATOR, qkv(8), options, "backward") == ("sdpa", "chunkwise", "eager")
+    for direction in ("forward", "backward"):
+        assert dispatch.chain(OPERATOR, qkv(8), AttentionOptions(kernel=("chunkwise",)), direction) == ("chunkwise",)
 
 
 def test_a_call_reads_no_file_and_finds_its_bucket_once(

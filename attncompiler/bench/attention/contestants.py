@@ -79,9 +79,9 @@ def member(name: str) -> Contestant:
     return Contestant(name, "member", prepare)
 
 
-def planned(inputs: Inputs) -> tuple[str, ...]:
+def planned(inputs: Inputs, direction: str = "forward") -> tuple[str, ...]:
     """The kernels that `kernel="auto"` would try for this row, the first of which it runs."""
     operator = load_entry(mechanism().operator)
     options = operator.options.model_validate({"pattern": dict(inputs.row.pattern)})
     tensors = dict(zip("qkv", inputs.qkv, strict=True)) | inputs.masks
-    return dispatch.chain(operator, tensors, options)
+    return dispatch.chain(operator, tensors, options, direction)

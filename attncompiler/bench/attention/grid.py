@@ -74,6 +74,8 @@ class Measured:
     cells: dict[str, Cell] = field(default_factory=dict)
     lost: str | None = None
     """why the device can do no more, where that happened in this row"""
+    backward: tuple[str, ...] = ()
+    """the same as `chain` in the order in which their backwards would be tried; empty where the row has none"""
 
     @property
     def flops(self) -> int:
@@ -117,19 +119,19 @@ def measure(
     taking = _Row(row, clock)
     inputs = taking.attempt(lambda: Inputs(row, str(clock.device), dtype))
     chain: tuple[str, ...] = ()
+    back: tuple[str, ...] = ()
     if isinstance(inputs, Problem):
         for contestant in contestants:
             taking.cells[contestant.name] = taking.without(contestant, inputs)
     else:
-        chain = planned(inputs)
+        chain, back = planned(inputs), planned(inputs, "backward") if row.backward else ()
         for contestant in contestants:
-            if only is None or contestant.name in (*only, *chain[:1]):
+            if only is None or contestant.name in (*only, *chain[:1], *back[:1]):
                 taking.warm(contestant, inputs)
-        if chain and not taking.ran(chain[0]):
-            # the planned kernel has one direction alone: what is run is a pair of kernels
-            taking.warm(member(AUTO), inputs)
+        if chain and (back[:1] not in ((), chain[:1]) or not taking.ran(chain[0])):
+            taking.warm(member(AUTO), inputs)  # what is run is a pair of kernels
         taking.time(repeats)
-    return Measured(row, dtype.itemsize, visible_pairs(row), chain, taking.cells, taking.lost)
+    return Measured(row, dtype.itemsize, visible_pairs(row), chain, taking.cells, taking.lost, back)
 
 
 class _Row:

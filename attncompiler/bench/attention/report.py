@@ -129,11 +129,14 @@ def _verdicts(group: str, results: Sequence[Measured]) -> Table:
 def _verdict(result: Measured) -> dict[str, str]:
     found, plan = ratios(result), result.plan
     name = result.chain[0] if result.chain else "none"
+    if AUTO in result.cells:
+        apart = result.backward[:1] != result.chain[:1]
+        name = f"{name}, backward {result.backward[0]}" if apart and result.backward else f"{name}, mixed"
     peers = [cell for cell in result.cells.values() if cell.role == "peer" and median(cell, "forward")]
     best = min(peers, key=lambda cell: median(cell, "both") or median(cell, "forward") or 0, default=None)
     return {
         "row": result.row.name,
-        "planned": f"{name}, mixed" if AUTO in result.cells else name,
+        "planned": name,
         "ms": _planned(plan, lambda taken: f"{1e3 * taken.median:.3g}"),
         "spread": _planned(plan, lambda taken: f"{taken.spread:.0%}"),
         "host ms": _pair({way: 1e3 * plan.host[way] for way in WAYS if way in plan.host} if plan else {}),
@@ -190,6 +193,7 @@ def as_data(result: Measured) -> dict[str, Any]:
         "key_bytes": result.key_bytes,
         "planned": result.chain[0] if result.chain else None,
         "chain": list(result.chain),
+        "planned_backward": result.backward[0] if result.backward else None,
         "cells": {name: _cell_data(cell, result.flops) for name, cell in result.cells.items()},
         "planned_over": ratios(result),
         "short_of_best_member": list(short_of(result)),

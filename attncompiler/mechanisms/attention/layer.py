@@ -24,9 +24,16 @@ class AttentionSite(Site):
     """Runs attention over the new tokens and, in decoding, over the cache. Dropout acts in training alone."""
 
     def __init__(
-        self, mechanism: str, chain: Iterable[str], options: AttentionOptions, *, label: str, on_failure: str = "next"
+        self,
+        mechanism: str,
+        chain: Iterable[str],
+        options: AttentionOptions,
+        *,
+        label: str,
+        on_failure: str = "next",
+        backward: str | None = None,
     ):
-        super().__init__(mechanism, chain, options, label=label, on_failure=on_failure)
+        super().__init__(mechanism, chain, options, label=label, on_failure=on_failure, backward=backward)
         self.retention = retained(options.pattern)
         self.dropout = options.dropout
         self.options_in_evaluation = options_text(options.model_copy(update={"dropout": 0.0}))
@@ -97,6 +104,7 @@ class Attention(nn.Module):
             ),
             label=context.label,
             on_failure=context.on_failure,
+            backward=context.backward,
         )
 
     def forward(

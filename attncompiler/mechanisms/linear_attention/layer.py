@@ -30,7 +30,14 @@ class LinearAttentionSite(Site):
     """Runs linear attention over the new tokens, from the state that the ones before them left."""
 
     def __init__(self, context: MixerContext, options: LinearAttentionOptions, retention: bool):
-        super().__init__("linear_attention", context.chain, options, label=context.label, on_failure=context.on_failure)
+        super().__init__(
+            "linear_attention",
+            context.chain,
+            options,
+            label=context.label,
+            on_failure=context.on_failure,
+            backward=context.backward,
+        )
         self.retention = retention
 
     def forward(

@@ -65,6 +65,7 @@ class Linformer(nn.Module):
             LinformerOptions(deterministic=context.deterministic),
             label=context.label,
             on_failure=context.on_failure,
+            backward=context.backward,
         )
 
     def reset_parameters(self) -> None:

@@ -77,6 +77,7 @@ class Mamba2Mixer(nn.Module):
             Mamba2Options(dt_limit=policy.limits, chunk_size=policy.chunk_size, deterministic=context.deterministic),
             label=context.label,
             on_failure=context.on_failure,
+            backward=context.backward,
         )
 
     def initial_value(self, name: str, generator: torch.Generator) -> Tensor:
