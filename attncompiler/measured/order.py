@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 
 from attncompiler.measured.table import Bucket, Entry, Times
 
@@ -63,7 +64,8 @@ def ordered(
     best = [min(way) for way in zip(*times.values(), strict=True)]
     behind = {name: max(way / least for way, least in zip(ways, best, strict=True)) for name, ways in times.items()}
     by_worst, backward = sorted(behind, key=behind.__getitem__), None
-    if not bucket.step:
+    before = takewhile(lambda name: name not in times, static)
+    if not bucket.step and not any(serves(name) for name in before):  # or one that was not measured comes first
         fast = min(times, key=lambda name: times[name][0])
         back = min(times, key=lambda name: times[name][1] - times[name][0])
         pair = times[fast][0], times[fast][0] + times[back][1] - times[back][0]
@@ -72,10 +74,7 @@ def ordered(
             by_worst.insert(0, fast)
             backward = back
     first = iter(by_worst)
-    kernels = tuple(next(first) if name in times else name for name in static)
-    if any(serves(name) for name in kernels[: kernels.index(by_worst[0])]):
-        backward = None  # one that was not measured comes before the pair, both ways
-    return Order(kernels, found, backward)
+    return Order(tuple(next(first) if name in times else name for name in static), found, backward)
 
 
 def nearest(mechanism: str, bucket: Bucket, entries: Iterable[Entry]) -> Entry | None:
