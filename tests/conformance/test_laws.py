@@ -137,11 +137,14 @@ def test_chunk_size_does_not_matter(law: Law, cases: Cases, hold: Callable[..., 
 
 
 def test_tile_sizes_do_not_matter(
-    law: Law, cases: Cases, hold: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    law: Law, cases: Cases, hold: Callable[..., None], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """Whole numbers in capitals in a kernel's module are the sizes of its tiles: small ones give many tiles here."""
+    """Whole numbers of 64 or more, in capitals, in a kernel's module are the sizes of its tiles: small ones give many
+    tiles here."""
+    if (law.kernel.name, device) == ("flex_attention", "cuda"):
+        pytest.skip("on a GPU its tiles hold whole blocks of a kernel of torch's: long calls have many of them")
     module = importlib.import_module(law.kernel.entry.partition(":")[0])
-    sizes = [name for name, value in vars(module).items() if name.isupper() and type(value) is int]
+    sizes = [name for name, value in vars(module).items() if name.isupper() and type(value) is int and value >= 64]
     if not sizes or ".kernels." not in module.__name__:
         pytest.skip(f"needs a kernel with tiles, and {law.kernel.name} has none")
 

@@ -412,7 +412,7 @@ def test_two_kernels_that_share_a_call_are_measured_together(monkeypatch: pytest
     monkeypatch.setattr(grid, "planned", lambda inputs, direction="": chains[direction])
     result = measure(SMALL[0], contestants.member("sdpa"), contestants.member("chunkwise"))
     assert result.plan is result.cells["auto"]
-    verdict = report.tables("small", [result], None)[1]
+    _, verdict, *_ = report.tables("small", [result], None)
     assert dict(zip(verdict.columns, verdict.rows[0], strict=True))["planned"] == "sdpa, backward chunkwise"
     assert report.as_data(result)["planned_backward"] == "chunkwise"
     assert [sorted(entry.kernels) for entry in keep.entries([result], RUN, "float32")] == [["chunkwise", "sdpa"]]
