@@ -138,6 +138,30 @@ def test_what_is_made_for_a_device_is_kept_once_it_is_computed(monkeypatch: pyte
     assert done == [gpu], "a CPU computes at once"
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        {"kind": "full"},
+        {"kind": "sliding_window", "window": 3, "causal": False},
+        {"kind": "sliding_window", "window": 3, "global_tokens": 1, "causal": False},
+        {"kind": "strided", "stride": 2, "window": 1, "block_size": 1, "causal": False},
+        {"kind": "random", "block_size": 1, "local_blocks": 2, "random_blocks": 1, "causal": False},
+        {"kind": "causal"},
+    ],
+    ids=lambda pattern: "-".join(map(str, pattern.values())),
+)
+def test_queries_before_the_first_key_stand_before_the_first_real_one(pattern: dict[str, Any], device: str) -> None:
+    """Padding on the left moves the keys, and with them the queries that are before them all."""
+    q, k, v = heads(device, T=7)
+    mask = torch.tensor([[0, 0, 1, 1]], dtype=torch.bool, device=device)
+    given = {"attention_mask": mask, "alibi_slopes": torch.tensor([0.7, 0.1, 0.0, 1.0], device=device)}
+    tensors = {name: x for name, x in check(q=q, k=k[:, :4], v=v[:, :4], **given).items() if x is not None}
+    case = Case(OPERATOR, tensors, AttentionOptions(pattern=as_pattern(pattern)), causal=True)
+    expected = reference_call(discover()["attention"])(case)
+    found = triton(q, k[:, :4], v[:, :4], pattern, **given)
+    same({name: found[name] for name in expected}, expected)
+
+
 @pytest.mark.parametrize("sequences", [1, 2])
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_query_with_one_drawn_block_sees_no_other(sequences: int, masked: bool, device: str) -> None:

@@ -208,7 +208,10 @@ def _of_masks(inputs: Tensors, options: AttentionOptions) -> Sight:
             begin, stop = _runs(ids)
     if mask is not None:
         stop = torch.where(query_mask(mask, T, S), stop, -FAR)
-    table = row_table(pattern, i, index if indexed else i, begin, stop)
+    column = index if indexed else i
+    if indexed and T > S:  # queries before the first key stand before the first that is real, however far that lies
+        column = torch.where(index < 0, index + (S - 1 - j[:, -1:]), index)
+    table = row_table(pattern, i, column, begin, stop)
     rows, columns = _described(pattern, options.layer, table, i, j, sequence_lengths(inputs, pattern, j))
     if mask is not None:
         columns = columns._replace(real=_vectors(mask))
