@@ -166,7 +166,10 @@ def _backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attent
         strided(dout), strided(outputs["out"]), delta, *sizes, V=V, BLOCK_M=rows, BLOCK_V=wide_v
     )
     found = {name: torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in "qkv"}
-    blocks = blocks_for(device, q.dtype, wide + wide_v, wide + wide_v, wide + wide_v)
+    both = wide + wide_v
+    gather = spread = blocks_for(device, q.dtype, both, both, both)
+    if q.dtype == torch.float32:  # whose operands are in registers, too: the sums of dq alone leave room for others
+        spread = blocks_for(device, q.dtype, both, both, wide)
     tensors = (strided(q), strided(k), strided(v), strided(dout), lse, delta)
     rest = (sight.rows, sight.columns, sight.window, scoring_of(inputs, options), *sizes)
     shared = {
@@ -174,28 +177,30 @@ def _backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attent
         "DRAWS": sight.draws,
         "GROUP": group,
         "PRECISION": precision(q.dtype),
-        "num_warps": blocks.num_warps,
-        "num_stages": blocks.num_stages,
         **widths(inputs),
     }
-    gather_kernel[(triton.cdiv(sizes.S, blocks.own) * sizes.B * sizes.K,)](
+    gather_kernel[(triton.cdiv(sizes.S, gather.own) * sizes.B * sizes.K,)](
         *tensors,
         found["k"],
         found["v"],
-        sight.queries(blocks.own, blocks.met),
+        sight.queries(gather.own, gather.met),
         *rest,
-        BLOCK_M=blocks.met,
-        BLOCK_N=blocks.own,
+        BLOCK_M=gather.met,
+        BLOCK_N=gather.own,
+        num_warps=gather.num_warps,
+        num_stages=gather.num_stages,
         **shared,
     )
-    spread_kernel[(triton.cdiv(sizes.T, blocks.own) * sizes.B * sizes.H,)](
+    spread_kernel[(triton.cdiv(sizes.T, spread.own) * sizes.B * sizes.H,)](
         *tensors,
         found["q"],
-        sight.keys(blocks.own, blocks.met),
+        sight.keys(spread.own, spread.met),
         *rest,
-        RAGGED=sight.listed and sizes.S % blocks.met != 0,
-        BLOCK_M=blocks.own,
-        BLOCK_N=blocks.met,
+        RAGGED=sight.listed and sizes.S % spread.met != 0,
+        BLOCK_M=spread.own,
+        BLOCK_N=spread.met,
+        num_warps=spread.num_warps,
+        num_stages=spread.num_stages,
         **shared,
     )
     if "sinks" in inputs:

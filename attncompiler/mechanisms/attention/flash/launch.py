@@ -89,12 +89,20 @@ MATRIX_UNITS = (
     Blocks(16, 16, 4, 1),
 )
 """Shapes for 16-bit operands, best first."""
-VECTOR_UNITS = (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1))
+VECTOR_UNITS = (
+    Blocks(64, 32, 4, 2),
+    Blocks(32, 32, 4, 2),
+    Blocks(32, 16, 4, 1),
+    Blocks(32, 32, 8, 2),
+    Blocks(16, 16, 4, 1),
+)
 """Shapes for fp32, which is multiplied number by number."""
 INTERPRETED = Blocks(64, 32, 4, 1)
 """Where there is no GPU: a few short sequences are several tiles, and a tile takes about as long whatever its size."""
 MOST_REGISTERS = 150
 """of 255, for sums and scores"""
+MOST_OF_VECTORS = 64
+"""the same where operands are in registers, too"""
 MOST_PRODUCTS = 512
 """Multiplications that are written out one by one, where matrix units do not do them."""
 
@@ -109,7 +117,7 @@ def blocks_for(device: Device, dtype: torch.dtype, own_width: int, met_width: in
         if exact and blocks.products(met_width // 2) > MOST_PRODUCTS:
             continue
         room = blocks.shared_memory(own_width, met_width, dtype.itemsize) <= device.shared_memory
-        if room and blocks.registers(sums_width) <= MOST_REGISTERS:
+        if room and blocks.registers(sums_width) <= (MOST_OF_VECTORS if exact else MOST_REGISTERS):
             return blocks
     return blocks
 
