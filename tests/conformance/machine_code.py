@@ -19,11 +19,11 @@ INSTRUCTION = re.compile(
 LABEL = re.compile(r"^(\.L_\S+):")
 TARGET = re.compile(r"`\((\.L_\S+?)\)")
 UNIFORM = re.compile(r"\bUR(\d+)\b")
-WRITERS = re.compile(r"U|R2UR|S2UR|CS2UR|REDUX|VOTEU|LDCU|ELECT")
+WRITERS = re.compile(r"U|R2UR|S2UR|CS2UR|C?REDUX|VOTEU|LDCU|ELECT")
 """Instructions whose first operand is a uniform register that they write."""
 DESCRIPTOR = 4
 """Uniform registers that name the two operands of a matrix product; the first two are idle where a thread holds the
-left one."""
+left one. From Blackwell on each operand has a descriptor of 64 bits of its own (PTX ISA, tcgen05.mma)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Instruction:
         read: set[int] = set()
         for number, operand in enumerate(self.operands):
             for register in map(int, UNIFORM.findall(operand)):
-                if "gdesc" in operand:
+                if "gdesc" in operand and self.name.startswith("UTC"):
+                    read.update((register, register + 1))
+                elif "gdesc" in operand:
                     held = re.match(r"R\d+", self.operands[1]) is not None
                     read.update(range(register + 2 * held, register + DESCRIPTOR))
                 elif number or not self.writes:
@@ -83,7 +85,8 @@ def unset_reads_of(text: str) -> list[str]:
             if have == before:
                 break
             known[number] = have
-            have |= one.writes
+            copied = one.reads if one.name == "UMOV" else frozenset()
+            have = have | one.writes if copied <= have else have - one.writes
             target = TARGET.search(" ".join(one.operands))
             always = not one.guarded and not re.match(r"!?U?P\w", one.operands[0] if one.operands else "")
             if one.name.startswith("BRA") and target:
@@ -93,7 +96,9 @@ def unset_reads_of(text: str) -> list[str]:
             if one.name.startswith(("EXIT", "RET")) and always:
                 break
             number += 1
-    return [str(one) for one, have in zip(code, known, strict=True) if have is not None and one.reads - have]
+    # to copy what nothing has set does no harm: where the copy is read it is found
+    used = [(one, have) for one, have in zip(code, known, strict=True) if have is not None and one.name != "UMOV"]
+    return [str(one) for one, have in used if one.reads - have]
 
 
 def _parsed(text: str) -> tuple[list[Instruction], dict[str, int]]:

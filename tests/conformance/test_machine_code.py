@@ -28,6 +28,9 @@ SET = ("S2UR UR4, SR_CgaCtaId", "ULDC.64 UR6, c[0x0][0x218]")
         pytest.param((*SET, "UIMAD.WIDE UR8, UR4, 0x4, UR6", "MOV R1, UR9"), id="a wide product"),
         pytest.param(("R2UR P0, UR4, R16", "MOV R1, UR4"), id="with a predicate first"),
         pytest.param(("UMOV UR6, 0x1", "UMOV UR7, 0x2", "HGMMA R24, R8, gdesc[UR4], R24"), id="half a descriptor"),
+        pytest.param(("ULDC.64 UR6, c[0x0]", "UTCHMMA gdesc[UR6], tmem[UR6], idesc[UR7]"), id="a pair for Blackwell"),
+        pytest.param(("CREDUX.MAX.S32 UR9, R27", "MOV R1, UR9"), id="a reduction"),
+        pytest.param(("UMOV UR5, UR4",), id="a copy that nobody reads"),
         pytest.param(
             ("@P0 BRA `(.L_x_0)", "UMOV UR4, 0x1", "EXIT", ".L_x_0:", "UMOV UR4, 0x2", "MOV R1, UR4"), id="ways"
         ),
@@ -45,6 +48,10 @@ def test_what_is_set_is_not_found(lines: tuple[str, ...]) -> None:
         pytest.param(("ULDC UR6, c[0x0][0x218]", "UIADD3.64 UR8, UR6, UR6, URZ"), "UIADD3.64", id="half of a pair"),
         pytest.param(("UMOV UR6, 0x1", "HGMMA R24, R8, gdesc[UR4], R24"), "HGMMA", id="half of half a descriptor"),
         pytest.param(("UMOV UR6, 0x1", "UMOV UR7, 0x1", "HGMMA R24, gdesc[UR4], R24"), "HGMMA", id="a descriptor"),
+        pytest.param(
+            ("UMOV UR6, 0x1", "UTCHMMA gdesc[UR6], tmem[UR6], idesc[UR6]"), "UTCHMMA", id="half for Blackwell"
+        ),
+        pytest.param(("UMOV UR5, 0x1", "UMOV UR5, UR4", "MOV R1, UR5"), "MOV R1", id="a copy that is read"),
         pytest.param(("@P0 BRA `(.L_x_0)", "UMOV UR4, 0x1", ".L_x_0:", "MOV R1, UR4"), "MOV R1", id="one of two ways"),
         pytest.param(("BRA `(.L_x_0)", ".L_x_1:", "MOV R1, UR4", "EXIT", ".L_x_0:", "BRA `(.L_x_1)"), "MOV", id="far"),
     ],

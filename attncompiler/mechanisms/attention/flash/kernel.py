@@ -17,6 +17,7 @@ from attncompiler.mechanisms.attention.flash.launch import (
     Device,
     blocks_for,
     device_of,
+    gathering_blocks,
     padded,
     precision,
     scoring_of,
@@ -167,9 +168,9 @@ def _backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attent
     )
     found = {name: torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in "qkv"}
     both = wide + wide_v
-    gather = spread = blocks_for(device, q.dtype, both, both, both)
-    if q.dtype == torch.float32:  # whose operands are in registers, too: the sums of dq alone leave room for others
-        spread = blocks_for(device, q.dtype, both, both, wide)
+    gather = gathering_blocks(device, q.dtype, both)
+    # in fp32 operands are in registers, too: the sums of dq alone leave room for others
+    spread = blocks_for(device, q.dtype, both, both, wide if q.dtype == torch.float32 else both)
     tensors = (strided(q), strided(k), strided(v), strided(dout), lse, delta)
     rest = (sight.rows, sight.columns, sight.window, scoring_of(inputs, options), *sizes)
     shared = {

@@ -107,6 +107,21 @@ MOST_PRODUCTS = 512
 """Multiplications that are written out one by one, where matrix units do not do them."""
 
 
+TENSOR_MEMORY = (Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 2))
+"""For 16-bit operands of the backward that has keys of its own, on compute capability 10: larger ones spill there, as
+compiled; nobody has timed them."""
+MOST_BESIDE_TENSOR_MEMORY = 100
+"""registers for sums and scores, with these"""
+
+
+def gathering_blocks(device: Device, dtype: torch.dtype, width: int) -> Blocks:
+    """The shape for keys of a program's own, of which keys and values together are `width` wide, as are the sums."""
+    if device.capability[0] != 10 or dtype == torch.float32:
+        return blocks_for(device, dtype, width, width, width)
+    large, small = TENSOR_MEMORY
+    return large if large.registers(width) <= MOST_BESIDE_TENSOR_MEMORY else small
+
+
 def blocks_for(device: Device, dtype: torch.dtype, own_width: int, met_width: int, sums_width: int) -> Blocks:
     """The best shape that a device has room for, by how wide a program's own operands, those it meets and its sums
     are."""
