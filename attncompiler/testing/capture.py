@@ -25,6 +25,8 @@ class SiteCall:
     chain: tuple[str, ...]
     mechanism: Mechanism
     case: Case
+    backward: str | None = None
+    """the kernel whose backward is tried first, where that is not the first of the chain"""
 
 
 class recorded(TorchDispatchMode):
@@ -55,7 +57,8 @@ def _read(mechanism: Mechanism, tensors: list[torch.Tensor], descriptor: str, ha
     given = {name: tensor.detach() for name, tensor in zip(names.split(","), tensors, strict=True)}
     record = registry.find(int(handle))
     label, chain = (record.label, record.chain) if record is not None else (mechanism.name, options.kernel)
-    return SiteCall(label, chain, mechanism, Case(operator, given, options, causal=False))
+    backward = None if record is None else record.backward
+    return SiteCall(label, chain, mechanism, Case(operator, given, options, causal=False), backward)
 
 
 def enlivened(model: nn.Module, seed: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attncompiler.mechanisms.base import Kernel, Mechanism, Refusal, load_entry, refusals
 from attncompiler.mechanisms.case import Case
+from attncompiler.runtime import registry
 from attncompiler.runtime.inputs import no_site
 from attncompiler.runtime.operator import options_text
 from attncompiler.targets.detect import detect_environment, detect_target
@@ -37,6 +38,18 @@ def kernel_call(*names: str) -> Call:
     def call(case: Case) -> dict[str, Tensor]:
         options = case.options.model_copy(update={"kernel": names})
         return case.operator(case.tensors, options_text(options), no_site())
+
+    return call
+
+
+def pair_call(forward: str, backward: str) -> Call:
+    """A call whose forward one kernel runs and whose backward another, as a plan may have it."""
+    record = registry.Record(f"{forward} and {backward}", (forward, backward), "raise", backward)
+    handle = torch.tensor(registry.register(record))
+
+    def call(case: Case) -> dict[str, Tensor]:
+        assert record.backward is not None  # and the record lives as long as the call
+        return case.operator(case.tensors, options_text(case.options), handle)
 
     return call
 

@@ -26,7 +26,7 @@ from attncompiler.spec.model import ModelSpec
 from attncompiler.targets.detect import detect_environment, detect_target
 from attncompiler.testing.budget import Oracle, judge, oracle
 from attncompiler.testing.capture import SiteCall, enlivened, recorded
-from attncompiler.testing.conformance import Trial, evaluate, kernel_call, prepared, refusals_of
+from attncompiler.testing.conformance import Trial, evaluate, kernel_call, pair_call, prepared, refusals_of
 from attncompiler.testing.strategies.inputs import IGNORED, Inputs
 
 Results = dict[str, Tensor]
@@ -175,12 +175,16 @@ def judged(subject: Subject, call: SiteCall, dtype: torch.dtype) -> Iterator[Bro
         yield from judged(subject, call, torch.float32)
     case = prepared(call.case, dtype, subject.device)
     trial = Trial(call.mechanism, case, dtype)
-    for name in call.chain:
+
+    def serves(name: str) -> bool:
         kernel = call.mechanism.kernel(name)
-        if kernel is None or refusals_of(kernel, case):
-            continue
+        return kernel is not None and not refusals_of(kernel, case)
+
+    runs = {name: kernel_call(name) for name in filter(serves, call.chain)}
+    if call.backward is not None and {call.chain[0], call.backward} <= runs.keys():
+        runs[f"{call.chain[0]}, backward {call.backward}"] = pair_call(call.chain[0], call.backward)
+    for name, run in runs.items():
         subject.judged += 1
-        run = kernel_call(name)
         for verdict in trial.verdicts(partial(evaluate, run)):
             if not verdict.ok:
                 yield Broken("kernels", f"{call.label} {name}", f"{verdict}, on {case!r}")

@@ -29,7 +29,7 @@ from attncompiler.targets.detect import detect_environment, detect_target
 from attncompiler.targets.target import Target
 from attncompiler.testing.budget import Verdict
 from attncompiler.testing.capture import SiteCall, enlivened, recorded
-from attncompiler.testing.conformance import Trial, evaluate, kernel_call, prepared, refusals_of
+from attncompiler.testing.conformance import Call, Trial, evaluate, kernel_call, pair_call, prepared, refusals_of
 
 BATCH = 2
 MOST_BYTES = 2**30
@@ -212,7 +212,12 @@ def _policy_rows(
     ]
     for kernel in choice.chain:
         progress(f"{name}: {kernel}")
-        yield from _kernel_rows(replace(row, kernel=kernel), trials)
+        yield from _kernel_rows(replace(row, kernel=kernel), (kernel,), kernel_call(kernel), trials)
+    if choice.backward is not None:
+        pair = choice.chain[0], choice.backward
+        named = f"{pair[0]}, backward {pair[1]}"
+        progress(f"{name}: {named}")
+        yield from _kernel_rows(replace(row, kernel=named), pair, pair_call(*pair), trials)
     for refused in choice.refusals:
         yield replace(row, kernel=refused.kernel, reason="; ".join(map(str, refused.reasons)))
 
@@ -222,17 +227,18 @@ def _dtype(spec: ModelSpec) -> torch.dtype:
     return dtype
 
 
-def _kernel_rows(row: Row, trials: list[tuple[str, Trial]]) -> Iterator[Row]:
-    """The worst verdict on each tensor, and why calls were left out."""
+def _kernel_rows(row: Row, kernels: tuple[str, ...], run: Call, trials: list[tuple[str, Trial]]) -> Iterator[Row]:
+    """The worst verdict on each tensor of calls that run these kernels, and why calls were left out."""
     worst: dict[str, tuple[Verdict, str]] = {}
     left_out: dict[str, list[str]] = {}
     for label, trial in trials:
-        kernel = trial.mechanism.kernel(row.kernel)
-        reasons = [NOT_BUILT] if kernel is None else [str(reason) for reason in refusals_of(kernel, trial.case)]
+        reasons: list[str] = []
+        for name in kernels:
+            kernel = trial.mechanism.kernel(name)
+            reasons += [NOT_BUILT] if kernel is None else map(str, refusals_of(kernel, trial.case))
         if reasons:
             left_out.setdefault("cannot run here: " + "; ".join(reasons), []).append(label)
             continue
-        run = kernel_call(row.kernel)
         for verdict in trial.verdicts(partial(evaluate, run)):
             if verdict.name not in worst or _excess(verdict) > _excess(worst[verdict.name][0]):
                 worst[verdict.name] = verdict, label

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 from planted import FAULTS, planted
 
+from attncompiler.measured import Bucket, Entry, Run, Times, save, store
+from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions
 from attncompiler.mechanisms.base import discover, load_entry
+from attncompiler.mechanisms.case import Case
 from attncompiler.planning import plan
+from attncompiler.runtime import dispatch
 from attncompiler.spec import ModelSpec, parse
+from attncompiler.targets.detect import detect_target
 from attncompiler.testing import verify as verifying
+from attncompiler.testing.conformance import evaluate, pair_call
 from attncompiler.testing.verify import Verification, fitting_length, verify
 
 SMALL = """
@@ -88,6 +98,39 @@ def test_other_targets_chains_are_run_as_far_as_they_can_be() -> None:
     assert {row.target for row in found.rows} == {"h200", "cpu"}
     assert found.ok
     assert any(row.target == "h200" and row.ok is not None for row in found.rows)
+
+
+def test_kernels_that_share_a_call_are_run_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = detect_target("cpu")
+    monkeypatch.setattr(store, "folder", lambda: tmp_path)
+    levels = {"width": 3, "block": 0, "group": 1, "density": 0, "length": 5}
+    times = {"chunkwise": Times(forward=1.0, both=3.0), "sdpa": Times(forward=1.1, both=2.0)}
+    bucket = Bucket(dtype="float32", kind="causal", levels=levels)
+    run = Run(device=here.title, date="2026-11-27", versions={})
+    save([Entry(mechanism="attention", bucket=bucket, run=run, kernels=times)], here.name)
+    store._entries.cache_clear()
+    try:
+        found = verify(small(), device="cpu")
+    finally:
+        store._entries.cache_clear()
+    assert found.ok
+    rows = [row for row in found.rows if row.policy == "a" and row.kernel == "chunkwise, backward sdpa"]
+    assert {row.tensor for row in rows} >= {"out", "grad q", "grad k", "grad v"}
+
+
+def test_a_pair_runs_each_direction_by_its_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, str]] = []
+    attempt = dispatch._attempt
+
+    def spied(kernel: Any, site: Any, direction: str, *rest: Any) -> Any:
+        ran.append((kernel.name, direction))
+        return attempt(kernel, site, direction, *rest)
+
+    monkeypatch.setattr(dispatch, "_attempt", spied)
+    tensors = {name: torch.randn(1, 5, 2, 4) for name in "qkv"}
+    case = Case(OPERATOR, tensors, AttentionOptions(), causal=True)
+    evaluate(pair_call("chunkwise", "sdpa"), case, {"out": torch.ones(1, 5, 2, 4)})
+    assert ran == [("chunkwise", "forward"), ("sdpa", "backward")]
 
 
 def test_a_policy_that_no_kernel_serves_here_is_no_proof() -> None:
