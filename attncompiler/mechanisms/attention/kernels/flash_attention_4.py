@@ -2,7 +2,7 @@
 
 Its forward and backward are called apart, below flash_attn_func, which keeps what it saves to itself. Its causal mask
 and window are aligned to the bottom right, as ours are, and it serves grouped heads without repetition. Heads are
-widened by zeros to one width, a multiple of 8, for queries, keys and values alike. A sink joins at the end
+widened by zeros to one width for queries, keys and values alike, a multiple of `WIDTH`. A sink joins at the end
 (`attention/sinks.py`): out and lse with it are all that the backward must know of it.
 
 What it offers and is not asked for here, with the finding, stands beside its needs in `mechanism.py`.
@@ -21,6 +21,11 @@ from attncompiler.mechanisms.attention.pattern import SlidingWindow
 from attncompiler.mechanisms.attention.widths import rounded, widened
 from attncompiler.runtime.implementation import Implementation, Tensors
 
+WIDTH = 32
+"""It takes multiples of 8, but at 8, 16, 40, 48, 72 and 80 its gradients on Hopper are wrong from 65 tokens on, and at
+112 its backward does not compile (seen with 4.0.0b36; flash-attention #2896 names the cause): its tiles are then of 16
+columns where its sums are laid out by 32."""
+
 
 def visibility(options: AttentionOptions, S: int) -> dict[str, Any]:
     """What is visible of S keys, in its words: `causal`, or how far left and right of its own key a query sees."""
@@ -31,8 +36,12 @@ def visibility(options: AttentionOptions, S: int) -> dict[str, Any]:
 
 
 def _wide(inputs: Tensors, *tensors: Tensor) -> list[Tensor]:
-    width = rounded(max(inputs["q"].shape[-1], inputs["v"].shape[-1]))
+    width = rounded(max(inputs["q"].shape[-1], inputs["v"].shape[-1]), WIDTH)
     return [widened(tensor.detach(), width).contiguous() for tensor in tensors]
+
+
+def _narrow(tensor: Tensor, width: int) -> Tensor:
+    return tensor if tensor.shape[-1] == width else tensor[..., :width].contiguous()
 
 
 def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
@@ -47,7 +56,7 @@ def forward(inputs: Tensors, options: AttentionOptions) -> dict[str, Tensor]:
             **visibility(options, k.shape[1]),
             return_lse=True,
         )
-    out = found[..., : v.shape[-1]].contiguous()
+    out = _narrow(found, v.shape[-1])
     if "sinks" in inputs:
         out, lse = sinks.join(out, lse, inputs["sinks"])
     return {"out": out, "lse": lse.contiguous()}
@@ -65,9 +74,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Attenti
             softmax_scale=options.softmax_scale(q.shape[-1]),
             **visibility(options, k.shape[1]),
         )
-    named = {
-        name: grad[..., : inputs[name].shape[-1]].contiguous() for name, grad in zip("qkv", found[:3], strict=True)
-    }
+    named = {name: _narrow(grad, inputs[name].shape[-1]) for name, grad in zip("qkv", found[:3], strict=True)}
     if "sinks" in inputs:
         named["sinks"] = sinks.gradient(inputs["sinks"], outputs["out"], lse, grads["out"])
     return named
