@@ -197,7 +197,6 @@ class Cases:
 
 def run(case_inputs: Tensors, case: Case) -> dict[str, Tensor]:
     """Run the operator (no site) on inputs made by `case.cast`, with the case's options."""
-    from attncompiler.runtime.inputs import no_site
     from attncompiler.runtime.operator import options_text
 
-    return case.operator(dict(case_inputs), options_text(case.options), no_site())
+    return case.operator(dict(case_inputs), options_text(case.options))

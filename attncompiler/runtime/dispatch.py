@@ -130,14 +130,14 @@ def _walk(
 ) -> dict[str, Tensor]:
     device = inputs[operator.inputs[0]].device
     site = registry.find(handle)
-    reasons: list[str] = []
+    reasons: list[tuple[str, str | tuple[Refusal, ...]]] = []
     chosen = options.kernel if site is None else walked(site.chain, site.backward, direction)
     for name, kernel, refused in _decisions(operator, chosen, inputs, options, device, direction):
         if kernel is None:
-            reasons.append(f"{name}: not built in this version")
+            reasons.append((name, "not built in this version"))
             continue
         if refused:
-            reasons.append(f"{name}: " + "; ".join(map(str, refused)))
+            reasons.append((name, refused))
             if site is not None:
                 site.refused(name, direction, refused)
             continue
@@ -147,9 +147,14 @@ def _walk(
     raise fail(
         KernelError,
         "E501",
-        f"no kernel could run {operator.name} ({direction}) on {device.type}: " + " | ".join(reasons),
+        f"no kernel could run {operator.name} ({direction}) on {device.type}: "
+        + " | ".join(f"{name}: {_words(reason)}" for name, reason in reasons),
         remedy="leave out what is refused, or allow more kernels",
     )
+
+
+def _words(reason: str | tuple[Refusal, ...]) -> str:
+    return reason if isinstance(reason, str) else "; ".join(map(str, reason))
 
 
 def _attempt(
@@ -158,7 +163,7 @@ def _attempt(
     direction: str,
     device: str,
     call: Callable[[Implementation], dict[str, Tensor] | None],
-    reasons: list[str],
+    reasons: list[tuple[str, str | tuple[Refusal, ...]]],
 ) -> dict[str, Tensor] | None:
     """The kernel's results, or None when it has no such direction or failed and the chain may go on."""
     cause: str | None = None
@@ -169,7 +174,7 @@ def _attempt(
         raise  # the caller's fault, which no other kernel mends
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
-        reasons.append(f"{kernel.name}: failed with {cause}")
+        reasons.append((kernel.name, f"failed with {cause}"))
         if site is None or site.on_failure == "raise":
             raise
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
@@ -186,7 +191,7 @@ def _attempt(
         )
         return None
     if results is None:
-        reasons.append(f"{kernel.name}: has no {direction}")
+        reasons.append((kernel.name, f"has no {direction}"))
     elif site is not None:
         site.ran(kernel.name, direction)
     return results

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import discover
-from attncompiler.runtime.operator import NO_SITE
 
 WHOLE = ("segment_ids", "kv_segment_ids", "q_positions", "kv_positions")
 """inputs of any operator that count"""
@@ -133,8 +132,3 @@ def kernel_names(mechanism: str, kernel: str | Sequence[str]) -> tuple[str, ...]
     if not names:
         raise fail(InputError, "E403", "the list of kernels is empty")
     return names
-
-
-def no_site() -> Tensor:
-    """The handle of a call that belongs to no site."""
-    return torch.tensor(NO_SITE, dtype=torch.int64, device="cpu")

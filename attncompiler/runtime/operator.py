@@ -27,6 +27,11 @@ NAMESPACE = "attncompiler"
 NO_SITE = 0
 
 
+def no_site() -> Tensor:
+    """The handle of a call that belongs to no site, where torch's dispatcher must see one."""
+    return torch.tensor(NO_SITE, dtype=torch.int64, device="cpu")
+
+
 class OperatorOptions(StrictModel):
     """Options every operator has. A mechanism's op.py adds its own, each a plain value or a frozen model."""
 
@@ -56,35 +61,43 @@ class Operator:
     flops: Callable[[Mapping[str, tuple[int, ...]], Any], tuple[int, int]]
     """(shapes, options) → FLOPs forward and backward, for torch.utils.flop_counter"""
 
-    def __call__(self, tensors: Mapping[str, Tensor | None], options: str, handle: Tensor) -> dict[str, Tensor]:
-        """Run on the tensors that are present. `options` is `options_text(...)`; works under torch.compile."""
+    def __call__(
+        self, tensors: Mapping[str, Tensor | None], options: str, handle: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Run on the tensors that are present. `options` is `options_text(...)`, `handle` that of the site which calls,
+        None where there is none; works under torch.compile."""
         pairs = [(name, tensors.get(name)) for name in self.inputs]
         given = {name: tensor for name, tensor in pairs if tensor is not None}
         refuse_tangents(self.name, given.values())
         descriptor = ",".join(given) + "|" + options
         if not undisturbed(given.values()):
-            results = getattr(getattr(torch.ops, NAMESPACE), self.name)(list(given.values()), descriptor, handle)
+            run = getattr(getattr(torch.ops, NAMESPACE), self.name)
+            results = run(list(given.values()), descriptor, no_site() if handle is None else handle)
         elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given.values()):
             results = _Direct.apply(self, descriptor, handle, *given.values())
         else:
             return self.run(given, _parse(self.options, descriptor)[1], handle)
         return dict(zip(self.outputs, results, strict=True))
 
-    def run(self, inputs: Tensors, options: OperatorOptions, handle: Tensor) -> dict[str, Tensor]:
+    def run(self, inputs: Tensors, options: OperatorOptions, handle: Tensor | None) -> dict[str, Tensor]:
         """Every output, from the chain of the site that has this handle; the operator's own body."""
-        results = dispatch.forward(self, int(handle), inputs, options)
+        results = dispatch.forward(self, _number(handle), inputs, options)
         return {name: results[name].contiguous() for name in self.outputs}
 
     def run_backward(
-        self, grads: Tensors, inputs: Tensors, outputs: Tensors, options: OperatorOptions, handle: Tensor
+        self, grads: Tensors, inputs: Tensors, outputs: Tensors, options: OperatorOptions, handle: Tensor | None
     ) -> list[Tensor]:
         """The gradient of every differentiable input that is there, from the same chain."""
-        results = dispatch.backward(self, int(handle), grads, inputs, outputs, options)
+        results = dispatch.backward(self, _number(handle), grads, inputs, outputs, options)
         return [results[name].contiguous() for name in self.differentiable if name in inputs]
 
     def request(self, inputs: Tensors, options: OperatorOptions) -> Request:
         asked = {**self.features(inputs, options), "deterministic": options.deterministic}
         return Request(self.name, asked, str(inputs[self.inputs[0]].dtype).removeprefix("torch."))
+
+
+def _number(handle: Tensor | None) -> int:
+    return NO_SITE if handle is None else int(handle)
 
 
 @lru_cache(maxsize=4096)
@@ -156,7 +169,12 @@ def define(operator: Operator) -> Operator:
 
 
 def _save(
-    ctx: Any, operator: Operator, inputs: Sequence[Tensor], outputs: Sequence[Tensor], descriptor: str, handle: Tensor
+    ctx: Any,
+    operator: Operator,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    descriptor: str,
+    handle: Tensor | None,
 ) -> None:
     ctx.descriptor, ctx.count = descriptor, len(inputs)
     ctx.save_for_backward(*inputs, *outputs, handle)
@@ -183,6 +201,7 @@ def _gradients(ctx: Any, operator: Operator, grads: Sequence[Tensor | None]) -> 
         found = operator.run_backward(present, named, kept, options, handle)
     else:
         run = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward")
+        handle = no_site() if handle is None else handle
         found = run(list(present.values()), inputs, outputs, ctx.descriptor, ",".join(present), handle)
     by_name = dict(zip([name for name in operator.differentiable if name in named], found, strict=True))
     return [by_name.get(name) for name in names]
@@ -192,7 +211,9 @@ class _Direct(torch.autograd.Function):
     """The operator in a graph that only autograd records: torch's dispatcher costs more than launching a kernel."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Operator, descriptor: str, handle: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, operator: Operator, descriptor: str, handle: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         names, options = _parse(operator.options, descriptor)
         outputs = tuple(operator.run(dict(zip(names, inputs, strict=True)), options, handle).values())
         ctx.operator = operator

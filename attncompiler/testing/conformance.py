@@ -17,7 +17,6 @@ from torch import Tensor
 from attncompiler.mechanisms.base import Kernel, Mechanism, Refusal, load_entry, refusals
 from attncompiler.mechanisms.case import Case
 from attncompiler.runtime import registry
-from attncompiler.runtime.inputs import no_site
 from attncompiler.runtime.operator import options_text
 from attncompiler.targets.detect import detect_environment, detect_target
 from attncompiler.testing.budget import Oracle, Results, Verdict, judge, oracle
@@ -37,7 +36,7 @@ def kernel_call(*names: str) -> Call:
 
     def call(case: Case) -> dict[str, Tensor]:
         options = case.options.model_copy(update={"kernel": names})
-        return case.operator(case.tensors, options_text(options), no_site())
+        return case.operator(case.tensors, options_text(options))
 
     return call
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from attncompiler.errors import KernelError
 from attncompiler.mechanisms.attention.kernels import chunkwise, sdpa
 from attncompiler.mechanisms.attention.op import AttentionOptions, as_pattern, attention
-from attncompiler.runtime.inputs import no_site
-from attncompiler.runtime.operator import options_text
+from attncompiler.runtime.operator import no_site, options_text
 from attncompiler.testing.memory import PeakMemory
 
 WINDOW = {"kind": "sliding_window", "window": 256, "global_tokens": 4}

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("compiled.py")
+from attncompiler.mechanisms.attention.flash.launcher import Launcher
+
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """compute capability → bytes that a block may have (CUDA Programming Guide, December 2025, table 31)"""
 FAST = 80
@@ -57,11 +58,48 @@ def ways(rows: list[dict[str, Any]], kernel: str) -> set[tuple[Any, ...]]:
     }
 
 
+def test_a_known_launch_runs_what_the_first_of_its_name_compiled() -> None:
+    ran = []
+
+    class Kernel:
+        """As Triton has it: a launch returns what was compiled, which is launched likewise."""
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*arguments: object, num_warps: int) -> Any:
+                ran.append(("kernel", grid, arguments))
+                return Compiled()
+
+            return launch
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments: ran.append(("compiled", grid, arguments))
+
+    launch = Launcher(Kernel())
+    for known, argument in (("a", 1), ("a", 2), ("b", 3), (None, 4), ("b", 5)):
+        launch((7, argument), known, argument)
+    asked = [("kernel", 1), ("compiled", 2), ("kernel", 3), ("kernel", 4), ("compiled", 5)]
+    assert [(who, grid[1], *arguments) for who, grid, arguments in ran] == [(who, n, n) for who, n in asked]
+    assert all(grid == (7, n, 1) for who, grid, (n,) in ran if who == "compiled")
+
+
+def test_a_launch_is_known_by_all_that_it_is_compiled_for() -> None:
+    """`Launcher` runs what an earlier launch of the same name compiled: Triton would have compiled the same."""
+    found = in_a_process("relaunched.py", 4000)
+    assert found["launches"] > 1.5 * found["names"]  # the same names come again, with other tensors
+    assert found["ways"] > 200
+    assert not found["in more than one way"]
+
+
 def compiled(capability: int) -> list[dict[str, Any]]:
-    """What `compiled.py` says, in a process that does not interpret."""
+    rows: list[dict[str, Any]] = in_a_process("compiled.py", capability, SHARED_MEMORY[capability])
+    return rows
+
+
+def in_a_process(script: str, *arguments: int) -> Any:
+    """What a script beside this one says, in a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), str(capability), str(SHARED_MEMORY[capability])]
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
-    return rows
+    return json.loads(done.stdout)

@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attncompiler.mechanisms.base import Kernel, Mechanism, discover, load_entry
 from attncompiler.mechanisms.case import Case, Cases
-from attncompiler.runtime.inputs import no_site
-from attncompiler.runtime.operator import options_text
+from attncompiler.runtime.operator import no_site, options_text
 from attncompiler.testing import laws
 from attncompiler.testing.conformance import cotangents, kernel_call, prepared, refusals_of
 from attncompiler.testing.memory import AllocatedMemory, PeakMemory
@@ -101,7 +100,7 @@ def test_flops_are_registered_and_grow_with_the_length(mechanism: Mechanism, dev
     def count(case: Case) -> tuple[int, int]:
         outputs = None
         with FlopCounterMode(display=False) as forward:
-            outputs = case.operator(leaves(case), options_text(case.options), no_site())
+            outputs = case.operator(leaves(case), options_text(case.options))
         names = case.operator.differentiable_outputs
         with FlopCounterMode(display=False) as backward:
             torch.autograd.backward(
@@ -171,7 +170,7 @@ def test_saved_for_backward_is_at_most_three_times_inputs_and_outputs(
 
     options = case.options.model_copy(update={"kernel": (kernel.name,)})
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = case.operator(leaves(case), options_text(options), no_site())
+        outputs = case.operator(leaves(case), options_text(options))
     given_ = [*case.tensors.values(), *outputs.values()]
     assert saved
     assert sum(saved.values()) <= SAVED_PER_BYTE * sum(tensor.untyped_storage().nbytes() for tensor in given_)

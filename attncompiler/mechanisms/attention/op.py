@@ -23,7 +23,6 @@ from attncompiler.runtime.inputs import (
     check_dtypes,
     check_shapes,
     kernel_names,
-    no_site,
     number,
     silenced,
     whole,
@@ -131,6 +130,10 @@ def as_pattern(pattern: str | Mapping[str, Any] | Pattern) -> Pattern:
     """A pattern from its kind, from a mapping as in YAML, or as it is. Raises InputError (E403) when it is none."""
     if isinstance(pattern, PATTERNS):
         return pattern
+    return _named(pattern) if isinstance(pattern, str) else _read(pattern)
+
+
+def _read(pattern: str | Mapping[str, Any]) -> Pattern:
     try:
         return _pattern.validate_python({"kind": pattern} if isinstance(pattern, str) else pattern)
     except ValidationError as error:
@@ -139,6 +142,9 @@ def as_pattern(pattern: str | Mapping[str, Any] | Pattern) -> Pattern:
         raise fail(
             InputError, "E403", f"pattern {pattern!r} is not valid: {place + ': ' if place else ''}{first['msg']}"
         ) from None
+
+
+_named = lru_cache(maxsize=64)(_read)
 
 
 @torch.compiler.allow_in_graph
@@ -215,7 +221,7 @@ def attention(
         dropout,
         whole("layer", layer, 0),
     )
-    results = OPERATOR(tensors, text, no_site())
+    results = OPERATOR(tensors, text)
     return (results["out"], results["lse"]) if return_lse else results["out"]
 
 

@@ -19,7 +19,6 @@ from attncompiler.runtime.inputs import (
     check_dtypes,
     check_shapes,
     kernel_names,
-    no_site,
     number,
     silenced,
 )
@@ -152,7 +151,7 @@ def linear_attention(
         scale=number("scale", scale),
     )
     tensors = check(q, k, v, initial_state, segment_ids, attention_mask, projection, log_decay)
-    results = OPERATOR(tensors, options_text(options), no_site())
+    results = OPERATOR(tensors, options_text(options))
     if not return_state:
         return results["out"]
     return results["out"], (results["final_s"], results["final_z"], results["final_m"])

@@ -19,7 +19,6 @@ from attncompiler.runtime.inputs import (
     check_dtypes,
     check_shapes,
     kernel_names,
-    no_site,
     silenced,
 )
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
@@ -88,7 +87,7 @@ def linformer(
     """
     options = LinformerOptions(kernel=kernel_names("linformer", kernel))
     tensors = check(q, k, v, key_projection, value_projection, segment_ids, attention_mask)
-    return OPERATOR(tensors, options_text(options), no_site())["out"]
+    return OPERATOR(tensors, options_text(options))["out"]
 
 
 def check(

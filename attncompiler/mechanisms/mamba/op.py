@@ -18,7 +18,6 @@ from attncompiler.runtime.inputs import (
     check_dtypes,
     check_shapes,
     kernel_names,
-    no_site,
 )
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
 
@@ -107,7 +106,7 @@ def selective_scan(
     """
     tensors = check(u, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids, attention_mask)
     options = MambaOptions(kernel=kernel_names("mamba", kernel), dt_softplus=bool(dt_softplus))
-    results = OPERATOR(tensors, options_text(options), no_site())
+    results = OPERATOR(tensors, options_text(options))
     return (results["out"], results["final_state"]) if return_state else results["out"]
 
 

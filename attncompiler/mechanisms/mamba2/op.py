@@ -20,7 +20,6 @@ from attncompiler.runtime.inputs import (
     check_dtypes,
     check_shapes,
     kernel_names,
-    no_site,
     whole,
 )
 from attncompiler.runtime.operator import Operator, OperatorOptions, define, options_text
@@ -126,7 +125,7 @@ def ssd(
         chunk_size=whole("chunk_size", chunk_size, 1),
     )
     tensors = check(x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids, attention_mask)
-    results = OPERATOR(tensors, options_text(options), no_site())
+    results = OPERATOR(tensors, options_text(options))
     return (results["out"], results["final_state"]) if return_state else results["out"]
 
 

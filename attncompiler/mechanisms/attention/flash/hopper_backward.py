@@ -43,6 +43,7 @@ from attncompiler.mechanisms.attention.flash.hopper_tensors import (
     mappable,
     scales_of,
 )
+from attncompiler.mechanisms.attention.flash.launcher import Launcher, known_by
 
 meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 """The threads of a warpgroup wait for one another; Triton 3.7 renamed it."""
@@ -61,6 +62,7 @@ READ_TURN = tl.constexpr("ld.acquire.gpu.global.b32 $0, [$1];")
 PASS_TURN = tl.constexpr("st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;")
 
 
+@Launcher
 @triton.jit
 def _prepare(
     out, dout, lse, stats, sums, turns, T, T_padded, out_b, out_t, out_h, dout_b, dout_t, dout_h, lse_b, lse_h, H,
@@ -92,6 +94,7 @@ def _prepare(
             tl.store(turns, 0)
 
 
+@Launcher
 @triton.jit
 def _finish(sums, dq, T, T_padded, dq_b, dq_t, dq_h, H, scale, D: tl.constexpr, BM: tl.constexpr):
     """The sums of dQ in their own order, scaled and rounded: one fragment of a tile of queries."""
@@ -508,6 +511,7 @@ def _consumer(
 # --- the kernel and its launch ---------------------------------------------------------------------------------------
 
 
+@Launcher
 @gluon.jit(
     do_not_specialize=["T", "S", "H", "K", "tiles", "window", "tokens", "heavy", "qk_scale", "scale", "cap_scale"]
 )
@@ -612,24 +616,28 @@ def backward(
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     rows = queries_of(D)
-    globals_, rows_desc = window is not None and global_tokens > 0, None
+    globals_, rows_desc, tabled = window is not None and global_tokens > 0, None, visits is not None
     if visits is None:
         visits = Visits.none()
     else:
         causal, window, globals_ = False, None, visits.globals
         table = visits.tables.rows.flatten(0, 1)
-        rows_desc = describe_numbers(table, [visits.fields, rows])
-    query_tiles, key_tiles = triton.cdiv(T, rows), triton.cdiv(S, KEYS)
+        rows_desc = describe_numbers(table, visits.fields, rows)
+    query_tiles, key_tiles = -(-T // rows), -(-S // KEYS)
     padded = query_tiles * rows
     heavy = visits.heavy
     if window is not None and globals_:
-        heavy = min(triton.cdiv(global_tokens, KEYS), key_tiles)
+        heavy = min(-(-global_tokens // KEYS), key_tiles)
     score_scale, cap_scale = scales_of(scale, softcap)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     q, k, v, dout = mappable(q), mappable(k), mappable(v), mappable(dout)
     by_parts = lse.new_empty(parts, B, H // parts, query_tiles, 2, rows)
     sums = lse.new_empty(B * (H // parts) * padded * D)
     turns = lse.new_empty(1 + B * (H // parts) * query_tiles, dtype=torch.int32) if deterministic else None
+    known = None
+    if not tabled and parts == 1:
+        constants = causal, window is not None, globals_, softcap is not None, deterministic
+        known = known_by(q, k, v, dout, out, lse), constants
 
     def compute(
         stats: Tensor,
@@ -645,7 +653,9 @@ def backward(
     ) -> None:
         """The gradients of some heads of keys and of their queries."""
         H, K = q.shape[2], k.shape[2]
-        _prepare[(B * H, query_tiles)](  # the second axis has at most 65535 programs
+        _prepare(
+            (B * H, query_tiles),  # the second axis has at most 65535 programs
+            known,
             out,
             dout,
             lse,
@@ -662,12 +672,14 @@ def backward(
             rows,
             LOG2E,
         )
-        _backward[(key_tiles * B * K,)](
+        _backward(
+            (key_tiles * B * K,),
+            known,
             describe(q, rows),
             describe(k, 64),
             describe(v, 64),
             describe(dout, rows),
-            describe_numbers(stats.view(-1, rows), [2, rows]),
+            describe_numbers(stats.view(-1, rows), 2, rows),
             rows_desc,
             describe(dk, 64),
             describe(dv, 64),
@@ -692,11 +704,9 @@ def backward(
             rows,
             D,
             STAGES,
-            num_warps=4,
         )
-        _finish[(B * H, query_tiles, rows * D // FRAGMENT.value)](
-            sums, dq, T, padded, *dq.stride()[:3], H, scale, D, rows
-        )
+        grid = B * H, query_tiles, rows * D // FRAGMENT.value
+        _finish(grid, known, sums, dq, T, padded, *dq.stride()[:3], H, scale, D, rows)
 
     heads = (q, out, dout, dq, k, v, dk, dv)
     if parts == 1:

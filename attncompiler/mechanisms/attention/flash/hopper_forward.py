@@ -25,7 +25,6 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -38,6 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from attncompiler.mechanisms.attention.flash.hopper_tables import Visits, seen, steps, tile_at, walk, whole_steps
 from attncompiler.mechanisms.attention.flash.hopper_tensors import LOG2E, describe, mappable, scales_of
+from attncompiler.mechanisms.attention.flash.launcher import Launcher, known_by
 
 _LOG2E: gl.constexpr = gl.constexpr(LOG2E)
 _LN2: gl.constexpr = gl.constexpr(math.log(2.0))
@@ -622,6 +622,7 @@ def _consumer(
 # --- the kernel and its launch -----------------------------------------------------------------------------------
 
 
+@Launcher
 @gluon.jit(
     do_not_specialize=[
         "T",
@@ -772,7 +773,7 @@ def forward(
     )
     q, k, v = mappable(q), mappable(k), mappable(v)
     rows, block = int(plan.rows), int(plan.block)
-    row_blocks = triton.cdiv(T, rows)
+    row_blocks = -(-T // rows)
     tiles = row_blocks * B * H
     group = H // K
     # Heads whose tiles run side by side. Alike tiles of one head share its keys best; tiles of unlike lengths want
@@ -782,7 +783,9 @@ def forward(
         section *= max(4, (16 << 20) // (2 * S * D * q.element_size()))
     scale, cap_scale = scales_of(scale, softcap)
     programs = min(tiles, multiprocessors)
-    _attention[(programs,)](
+    _attention(
+        (programs,),
+        None if tabled else (known_by(q, k, v, sinks), plan),
         describe(q, 64),
         describe(k, block),
         describe(v, block),
@@ -805,6 +808,5 @@ def forward(
         scale,
         cap_scale,
         plan,
-        num_warps=4,
     )
     return out, lse

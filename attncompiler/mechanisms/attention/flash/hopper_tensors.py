@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -16,16 +18,34 @@ _NUMBERS = gl.NVMMASharedLayout(0, 32, 2)
 
 def describe(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """Heads (B, T, H, D) of 16 bits, `mappable`, of which a copy brings `rows` tokens of one head."""
-    B, T, H, D = x.shape
-    # the copy engine wants strides of whole 16 bytes, also where there is but one element to step over
-    b, t, h, _ = x.stride()
-    strides = [b if B > 1 else D, t if T > 1 else D, h if H > 1 else D, 1]
-    return TensorDescriptor(x, [B, T, H, D], strides, [1, rows, 1, D], _HEADS)
+    return _descriptor(x, _heads(x.shape, x.stride(), x.dtype, rows))
 
 
-def describe_numbers(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
+def describe_numbers(x: torch.Tensor, *block: int) -> TensorDescriptor:
     """A contiguous table (·, ·) of numbers of 32 bits, of which a copy brings a block."""
-    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], block, _NUMBERS)
+    return _descriptor(x, _numbers(x.shape, x.dtype, block))
+
+
+def _descriptor(x: torch.Tensor, facts: dict[str, Any]) -> TensorDescriptor:
+    # past its own initializer, whose checks take longer than the launch: `facts` have passed them
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(facts, base=x)
+    return made
+
+
+@lru_cache(maxsize=4096)
+def _heads(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, rows: int) -> dict[str, Any]:
+    """The fields of a descriptor of such heads but its base, as Triton has checked them."""
+    B, T, H, D = shape
+    # the copy engine wants strides of whole 16 bytes, also where there is but one element to step over
+    b, t, h, _ = stride
+    strides = [b if B > 1 else D, t if T > 1 else D, h if H > 1 else D, 1]
+    return vars(TensorDescriptor(torch.empty(0, dtype=dtype), [B, T, H, D], strides, [1, rows, 1, D], _HEADS))
+
+
+@lru_cache(maxsize=4096)
+def _numbers(shape: torch.Size, dtype: torch.dtype, block: tuple[int, ...]) -> dict[str, Any]:
+    return vars(TensorDescriptor(torch.empty(0, dtype=dtype), list(shape), [shape[1], 1], list(block), _NUMBERS))
 
 
 def mappable(x: torch.Tensor) -> torch.Tensor:
