@@ -60,6 +60,8 @@ class Operator:
     """(inputs, options) → what this call asks of a kernel; reads shapes and dtypes, never values"""
     flops: Callable[[Mapping[str, tuple[int, ...]], Any], tuple[int, int]]
     """(shapes, options) → FLOPs forward and backward, for torch.utils.flop_counter"""
+    logarithms: tuple[str, ...] = ()
+    """outputs that are logarithms of sums over the sequence, which the other results are exponentials of"""
 
     def __call__(
         self, tensors: Mapping[str, Tensor | None], options: str, handle: Tensor | None = None

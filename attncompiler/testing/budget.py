@@ -8,16 +8,16 @@ gradients times max(1, input scale), a tensor is within the budget when
 
 where `err` and `low err` are the distances to the reference run in fp64 on the same rounded inputs.
 
-A tensor can be judged on several calls at once. All its numbers then are one tensor's, each call's errors being brought
-to the scale of the first by the ratio of the two `s`: so none counts for more because its results are larger, and the
-errors of a call with small results do not vanish beside those of another.
+An output that is the logarithm of a sum over the sequence grows with it while the gradients shrink: at a few hundred
+tokens 16 eps of the lse are in bf16 more than all of a gradient. So its rms counts in its own `s` alone; the other
+results are exponentials of it, and to them it is an input.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class Oracle:
     eps: float
     scale: float
     """s"""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """that of each tensor which has another"""
+
+    def scale_of(self, name: str) -> float:
+        return self.scales.get(name, self.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +65,27 @@ class Verdict:
         )
 
 
-def oracle(exact: Results, low_error: Results, inputs: Results, dtype: torch.dtype) -> Oracle:
+def oracle(
+    exact: Results, low_error: Results, inputs: Results, dtype: torch.dtype, logarithms: Collection[str] = ()
+) -> Oracle:
     """The oracle of a call of `dtype` with these exact results, low errors and inputs.
 
-    The input scale is the largest finite magnitude in a floating input: by so much can one product amplify a rounding
-    error. An infinite input (the logarithm of favor's empty state) amplifies none.
+    The input scale is the largest finite magnitude in a floating input or in a logarithm: by so much can one product,
+    or one exponential, amplify a rounding error. An infinite one (the logarithm of favor's empty state)
+    amplifies none.
     Raises ValueError when an exact result is NaN: such a call cannot judge anything.
     """
     for name, tensor in exact.items():
         if tensor.isnan().any():
             raise ValueError(f"the reference gives NaN in {name}")
-    largest = max((rms(tensor) for tensor in exact.values()), default=0.0)
-    floating = (tensor for tensor in inputs.values() if tensor.is_floating_point())
+    sizes = {name: rms(tensor) for name, tensor in exact.items()}
+    largest = max((size for name, size in sizes.items() if name not in logarithms), default=0.0)
+    floating = [tensor for tensor in inputs.values() if tensor.is_floating_point()]
+    floating += [exact[name] for name in logarithms if name in exact]
     input_scale = max((_largest(tensor[tensor.isfinite()].abs()) for tensor in floating), default=0.0)
-    scale = largest * max(1.0, input_scale)
-    return Oracle(exact, low_error, torch.finfo(dtype).eps, scale)
+    by = max(1.0, input_scale)
+    scales = {name: max(largest, sizes[name]) * by for name in logarithms if name in sizes}
+    return Oracle(exact, low_error, torch.finfo(dtype).eps, largest * by, scales)
 
 
 def judge(got: Results, oracle: Oracle, *others: tuple[Results, Oracle]) -> tuple[Verdict, ...]:
@@ -91,13 +102,13 @@ def judge(got: Results, oracle: Oracle, *others: tuple[Results, Oracle]) -> tupl
 
 def _judge(name: str, draws: Sequence[tuple[Results, Oracle]]) -> Verdict:
     first = draws[0][1]
-    weights = [_ratio(first.scale, oracle.scale) for _, oracle in draws]
+    weights = [_ratio(first.scale_of(name), oracle.scale_of(name)) for _, oracle in draws]
     pairs = [_errors(name, got[name].detach().double().cpu(), oracle) for got, oracle in draws]
     error, allowed = (
         torch.cat([tensor.flatten() * weight for tensor, weight in zip(tensors, weights, strict=True)])
         for tensors in zip(*pairs, strict=True)
     )
-    floor = first.eps * first.scale
+    floor = first.eps * first.scale_of(name)
     return Verdict(
         name,
         max_error=_largest(error),

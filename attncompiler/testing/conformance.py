@@ -147,7 +147,7 @@ def truth(mechanism: Mechanism, case: Case, dtype: torch.dtype, grads: Mapping[s
         ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         low_error = _distance(evaluate(reference_call(mechanism), single, grads), _exact(mechanism, single, grads))
         lost = {name: error * ratio for name, error in low_error.items()}
-    return oracle(exact, lost, case.tensors, dtype)
+    return oracle(exact, lost, case.tensors, dtype, case.operator.logarithms)
 
 
 DRAWS = 16

@@ -220,6 +220,24 @@ def test_a_planted_fault_of_attention_is_over(
     assert over(conforms(ATTENTION, fault, case, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_gradient_that_is_wrong_in_some_columns_is_over_at_any_length(dtype: torch.dtype, name: str) -> None:
+    """As FlashAttention-4's was: the last columns of one tile of tokens hold other numbers, of the size of theirs."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {each: values("normal", (1, 300, 2, 40), generator) for each in "qkv"}
+    case = prepared(Case(load_entry(ATTENTION.operator), tensors, AttentionOptions(), causal=True), dtype)
+    assert not over(conforms(ATTENTION, reference_call(ATTENTION), case, dtype))
+
+    def spoiled(case: Case, grads: Grads) -> dict[str, Tensor]:
+        found = evaluate(reference_call(ATTENTION), case, grads)
+        wrong = found[f"grad {name}"].clone()
+        wrong[:, 64:128, :, 32:] = wrong[:, 128:192, :, 32:]
+        return found | {f"grad {name}": wrong}
+
+    assert over(Trial(ATTENTION, case, dtype).verdicts(spoiled)) == {f"grad {name}"}
+
+
 # --- many draws ---------------------------------------------------------------------------------------------------
 
 

@@ -120,6 +120,7 @@ OPERATOR = define(
         fake=_fake,
         features=_features,
         flops=operator_flops,
+        logarithms=("lse",),
     )
 )
 
