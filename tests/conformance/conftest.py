@@ -40,7 +40,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         device = metafunc.config.getoption("--device") if "device" in wanted else "cpu"
         # the interpreter takes seconds for a call: kernels are held to the budget by it, and to the laws behind -m slow
         brief = metafunc.module.__name__.rpartition(".")[2] == "test_kernels"
-        metafunc.parametrize(names, [_row(entry, names, brief) for entry in _kernels(mechanisms, wanted, device)])
+        metafunc.parametrize(
+            names, [_row(entry, names, brief, device) for entry in _kernels(mechanisms, wanted, device)]
+        )
     elif "mechanism" in wanted:
         metafunc.parametrize("mechanism", [pytest.param(mechanism, id=mechanism.name) for mechanism in mechanisms])
 
@@ -70,13 +72,14 @@ def _kernels(mechanisms: list[Mechanism], wanted: set[str], device: str) -> Iter
                 yield {**run, column: name}
 
 
-def _row(entry: dict[str, Any], names: list[str], brief: bool) -> Any:
+def _row(entry: dict[str, Any], names: list[str], brief: bool, device: str) -> Any:
     dtype = entry.get("dtype", entry.get("widest"))
-    slow = (
-        dtype == "float16"
-        or (entry["interpreted"] and not brief)
-        or (entry.get("widest") == "float32" and "float64" in entry["kernel"].needs.dtypes)
-    )
+    if entry["interpreted"]:
+        slow = not brief
+    else:
+        slow = (dtype == "float16" and device == "cpu") or (
+            entry.get("widest") == "float32" and "float64" in entry["kernel"].needs.dtypes
+        )
     label = "-".join(filter(None, (entry["mechanism"].name, entry["kernel"].name, dtype)))
     values = [DTYPES[entry[name]] if name in ("dtype", "widest") else entry[name] for name in names]
     marks = [pytest.mark.slow] if slow else []
