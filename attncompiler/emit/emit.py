@@ -12,7 +12,7 @@ from attncompiler.emit.trace import Emitted, trace
 from attncompiler.emit.verify import verify
 from attncompiler.planning import Plan, PlannedLayer
 from attncompiler.planning.planner import not_causal
-from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.context import Chain, MixerContext
 from attncompiler.runtime.site import Site
 from attncompiler.spec import ModelSpec, ResolvedLayer
 
@@ -45,9 +45,7 @@ def _layer(spec: ModelSpec, layer: ResolvedLayer, planned: PlannedLayer) -> Emit
         num_layers=len(spec.resolved_layers),
         max_position_embeddings=spec.model.max_position_embeddings,
         norm_eps=spec.model.norm.eps,
-        chain=planned.chain,
-        backward=planned.choice.backward,
-        on_failure=spec.fallback.on_failure,
+        chain=Chain(f"layers.{layer.index}.mixer", planned.chain, spec.fallback.on_failure, planned.choice.backward),
         deterministic=spec.deterministic,
     )
     module = Layer(spec, layer, context)

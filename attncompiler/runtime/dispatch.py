@@ -131,7 +131,7 @@ def _walk(
     device = inputs[operator.inputs[0]].device
     site = registry.find(handle)
     reasons: list[tuple[str, str | tuple[Refusal, ...]]] = []
-    chosen = options.kernel if site is None else walked(site.chain, site.backward, direction)
+    chosen = options.kernel if site is None else walked(site.chain.kernels, site.chain.backward, direction)
     for name, kernel, refused in _decisions(operator, chosen, inputs, options, device, direction):
         if kernel is None:
             reasons.append((name, "not built in this version"))
@@ -175,7 +175,7 @@ def _attempt(
     except Exception as error:
         cause = f"{type(error).__name__}: {error}"
         reasons.append((kernel.name, f"failed with {cause}"))
-        if site is None or site.on_failure == "raise":
+        if site is None or site.chain.on_failure == "raise":
             raise
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
     if cause is not None:
@@ -185,7 +185,7 @@ def _attempt(
         if out_of_memory:
             torch.cuda.empty_cache()
         warnings.warn(
-            f"{site.label}: {kernel.name} ({direction}) failed with {cause}; the next kernel of the chain runs",
+            f"{site.chain.label}: {kernel.name} ({direction}) failed with {cause}; the next kernel of the chain runs",
             KernelFallbackWarning,
             stacklevel=2,
         )

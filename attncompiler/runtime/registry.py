@@ -11,10 +11,10 @@ import secrets
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable
 from typing import Literal
 
 from attncompiler.mechanisms.base import Refusal
+from attncompiler.runtime.context import Chain
 
 Direction = Literal["forward", "backward"]
 
@@ -22,12 +22,9 @@ Direction = Literal["forward", "backward"]
 class Record:
     """What a site may run, and what it ran: calls by (kernel, direction), refusals and failures by kernel."""
 
-    def __init__(self, label: str, chain: Iterable[str], on_failure: str, backward: str | None = None):
-        self.label = label
-        self.chain = tuple(chain)
-        self.backward = backward
+    def __init__(self, chain: Chain):
+        self.chain = chain
         """the kernel whose backward is tried first, where that is not the first of the chain"""
-        self.on_failure = on_failure
         self.calls: Counter[tuple[str, str]] = Counter()
         self.refusals: dict[tuple[str, str], tuple[Refusal, ...]] = {}
         self.failures: dict[tuple[str, str], str] = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from attncompiler.runtime import registry
+from attncompiler.runtime.context import Chain
 from attncompiler.runtime.operator import OperatorOptions, options_text
 
 
@@ -19,21 +19,11 @@ class Site(nn.Module):
     with `self.options` and `self.handle`.
     """
 
-    def __init__(
-        self,
-        mechanism: str,
-        chain: Iterable[str],
-        options: OperatorOptions,
-        *,
-        label: str,
-        on_failure: str = "next",
-        backward: str | None = None,
-    ):
+    def __init__(self, mechanism: str, options: OperatorOptions, chain: Chain):
         super().__init__()
         self.mechanism = mechanism
-        self.label = label
         self.options = options_text(options)
-        self._adopt(registry.Record(label, chain, on_failure, backward))
+        self._adopt(registry.Record(chain))
 
     def _adopt(self, record: registry.Record) -> None:
         self.record = record
@@ -41,21 +31,20 @@ class Site(nn.Module):
         self.handle = torch.tensor(registry.register(record), dtype=torch.int64, device="cpu")
 
     @property
-    def chain(self) -> tuple[str, ...]:
+    def chain(self) -> Chain:
         return self.record.chain
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        record = self.record
-        state["record"] = (record.label, record.chain, record.on_failure, record.backward)
+        state["record"] = self.chain
         del state["handle"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        record = state.pop("record")
+        chain = state.pop("record")
         super().__setstate__(state)
-        self._adopt(registry.Record(*record))
+        self._adopt(registry.Record(chain))
 
     def extra_repr(self) -> str:
-        backward = f", backward by {self.record.backward}" if self.record.backward else ""
-        return f"{self.mechanism}: {' → '.join(self.chain)}{backward}"
+        backward = f", backward by {self.chain.backward}" if self.chain.backward else ""
+        return f"{self.mechanism}: {' → '.join(self.chain.kernels)}{backward}"

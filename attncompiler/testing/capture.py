@@ -14,6 +14,7 @@ from attncompiler.emit.weights import seed_of
 from attncompiler.mechanisms.base import Mechanism, discover, load_entry
 from attncompiler.mechanisms.case import Case
 from attncompiler.runtime import registry
+from attncompiler.runtime.context import Chain
 from attncompiler.runtime.operator import NAMESPACE, Operator
 
 
@@ -56,9 +57,9 @@ def _read(mechanism: Mechanism, tensors: list[torch.Tensor], descriptor: str, ha
     options = operator.options.model_validate_json(text)
     given = {name: tensor.detach() for name, tensor in zip(names.split(","), tensors, strict=True)}
     record = registry.find(int(handle))
-    label, chain = (record.label, record.chain) if record is not None else (mechanism.name, options.kernel)
-    backward = None if record is None else record.backward
-    return SiteCall(label, chain, mechanism, Case(operator, given, options, causal=False), backward)
+    chain = Chain(mechanism.name, options.kernel) if record is None else record.chain
+    case = Case(operator, given, options, causal=False)
+    return SiteCall(chain.label, chain.kernels, mechanism, case, chain.backward)
 
 
 def enlivened(model: nn.Module, seed: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from attncompiler.mechanisms.base import Kernel, Mechanism, Refusal, load_entry, refusals
 from attncompiler.mechanisms.case import Case
 from attncompiler.runtime import registry
+from attncompiler.runtime.context import Chain
 from attncompiler.runtime.operator import options_text
 from attncompiler.targets.detect import detect_environment, detect_target
 from attncompiler.testing.budget import Oracle, Results, Verdict, judge, oracle
@@ -43,7 +44,7 @@ def kernel_call(*names: str) -> Call:
 
 def pair_call(forward: str, backward: str) -> Call:
     """A call whose forward one kernel runs and whose backward another, as a plan may have it."""
-    record = registry.Record(f"{forward} and {backward}", (forward, backward), "raise", backward)
+    record = registry.Record(Chain(f"{forward} and {backward}", (forward, backward), "raise", backward))
     handle = torch.tensor(registry.register(record))
 
     def call(case: Case, held: registry.Record = record) -> dict[str, Tensor]:  # the registry holds it weakly

@@ -163,7 +163,7 @@ def kernels(subject: Subject) -> Iterator[Broken]:
         yield from judged(subject, call, dtype)
     for site in (module for module in model.modules() if isinstance(module, Site)):
         for (kernel, direction), cause in site.record.failures.items():
-            yield Broken("kernels", f"{site.record.label} {kernel}", f"{direction} failed with {cause}")
+            yield Broken("kernels", f"{site.chain.label} {kernel}", f"{direction} failed with {cause}")
 
 
 def judged(subject: Subject, call: SiteCall, dtype: torch.dtype) -> Iterator[Broken]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attncompiler.mechanisms.attention.layer import Attention
 from attncompiler.mechanisms.attention.mechanism import AttentionPolicy
-from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.context import Chain, MixerContext
 
 LENGTH = 13
 MASKS = {
@@ -33,8 +33,7 @@ def layer(kernel: str, max_position_embeddings: int = 64, **options: Any) -> Att
         num_layers=1,
         max_position_embeddings=max_position_embeddings,
         norm_eps=1e-3,
-        chain=(kernel,),
-        on_failure="raise",
+        chain=Chain("layer", (kernel,), "raise"),
     )
     policy = {"kind": "attention", "num_attention_heads": 4, "rope_parameters": {}, **options}
     made = Attention(AttentionPolicy(**policy), context).double()

@@ -18,7 +18,7 @@ from attncompiler.mechanisms.attention.layer import AttentionSite
 from attncompiler.mechanisms.attention.mechanism import AttentionPolicy
 from attncompiler.mechanisms.attention.pattern import Chunked, LocalGlobal, Pattern, SlidingWindow, retained
 from attncompiler.mechanisms.attention.visibility import pattern_visible
-from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.context import Chain, MixerContext
 from attncompiler.testing.budget import Results, judge, oracle
 
 H, K, D = 4, 2, 8
@@ -26,7 +26,7 @@ CAUSAL = PATTERNS.filter(lambda pattern: pattern.causal)
 FORGETTING = CAUSAL.filter(lambda pattern: retained(pattern).recent is not None)
 KERNELS = ("sdpa", "chunkwise", "eager")
 SCORES = ("alibi_slopes", "sinks", "softcap")
-CONTEXT = MixerContext(K * D, 0, 1, 64, 1e-5, KERNELS)
+CONTEXT = MixerContext(K * D, 0, 1, 64, 1e-5, Chain("layer", KERNELS))
 
 
 def empty(pattern: Pattern, batch: int, max_length: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def empty(pattern: Pattern, batch: int, max_length: int, dtype: torch.dtype = to
 
 def site(pattern: Pattern, kernel: str, softcap: float | None = None) -> AttentionSite:
     options = op.AttentionOptions(pattern=pattern, softcap=softcap)
-    return AttentionSite("attention", (kernel,), options, label="site", on_failure="raise")
+    return AttentionSite(options, Chain("site", (kernel,), "raise"))
 
 
 def inputs(batch: int, length: int, seed: int) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from attncompiler.mechanisms.linear_attention.layer import retention_decay
 from attncompiler.mechanisms.linear_attention.mechanism import LinearAttentionPolicy, relations
 from attncompiler.mechanisms.linear_attention.op import linear_attention
 from attncompiler.mechanisms.linear_attention.state import init_state
-from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.context import Chain, MixerContext
 
 KERNELS = ["chunkwise", "eager"]
 SEEDS = st.integers(0, 2**20)
@@ -502,6 +502,6 @@ def test_relations_name_what_does_not_fit() -> None:
 
 def test_a_layer_that_reads_the_whole_sequence_has_no_decode_state() -> None:
     policy = LinearAttentionPolicy(kind="linear_attention", num_attention_heads=2, causal=False)
-    context = MixerContext(32, 0, 1, 64, 1e-5, ("chunkwise",))
+    context = MixerContext(32, 0, 1, 64, 1e-5, Chain("layer", ("chunkwise",)))
     with pytest.raises(InputError, match="E503"):
         init_state(policy, context, 1, 8, torch.device("cpu"), torch.float32)

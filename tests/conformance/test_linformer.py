@@ -18,7 +18,7 @@ from attncompiler.mechanisms.linformer.kernels import sdpa
 from attncompiler.mechanisms.linformer.layer import Linformer
 from attncompiler.mechanisms.linformer.mechanism import LinformerPolicy, relations
 from attncompiler.mechanisms.linformer.op import linformer
-from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.context import Chain, MixerContext
 
 KERNELS = ["sdpa", "eager"]
 SEEDS = st.integers(0, 2**20)
@@ -212,7 +212,7 @@ def test_a_sequence_longer_than_the_projections_is_refused() -> None:
 
 def _layer(**options: Any) -> Linformer:
     policy = LinformerPolicy(kind="linformer", num_attention_heads=2, projected_length=4, **options)
-    return Linformer(policy, MixerContext(16, 3, 4, 12, 1e-5, ("sdpa", "eager")))
+    return Linformer(policy, MixerContext(16, 3, 4, 12, 1e-5, Chain("layers.3.mixer", ("sdpa", "eager"))))
 
 
 @pytest.mark.parametrize(

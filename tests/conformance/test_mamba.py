@@ -16,7 +16,7 @@ from attncompiler.errors import InputError
 from attncompiler.mechanisms.mamba.layer import MambaMixer
 from attncompiler.mechanisms.mamba.mechanism import MambaPolicy, relations
 from attncompiler.mechanisms.mamba.op import selective_scan
-from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.context import Chain, MixerContext
 
 KERNELS = ["chunkwise", "eager"]
 SEEDS = st.integers(0, 2**20)
@@ -189,7 +189,7 @@ def mixer(**options: Any) -> MambaMixer:
         num_layers=4,
         max_position_embeddings=64,
         norm_eps=1e-5,
-        chain=("chunkwise", "eager"),
+        chain=Chain("layer", ("chunkwise", "eager")),
     )
     made = MambaMixer(MambaPolicy(kind="mamba", **options), context)
     generator = torch.Generator().manual_seed(0)

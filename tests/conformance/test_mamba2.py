@@ -20,7 +20,7 @@ from attncompiler.mechanisms.mamba2.layer import Mamba2Mixer
 from attncompiler.mechanisms.mamba2.mechanism import Mamba2Policy, relations
 from attncompiler.mechanisms.mamba2.op import ssd
 from attncompiler.ops import selective_scan
-from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.context import Chain, MixerContext
 
 KERNELS = ["chunkwise", "eager"]
 SEEDS = st.integers(0, 2**20)
@@ -216,7 +216,7 @@ def mixer(**options: Any) -> Mamba2Mixer:
         num_layers=4,
         max_position_embeddings=64,
         norm_eps=1e-5,
-        chain=("chunkwise", "eager"),
+        chain=Chain("layer", ("chunkwise", "eager")),
     )
     made = Mamba2Mixer(Mamba2Policy(kind="mamba2", head_dim=4, state_size=6, chunk_size=8, **options), context)
     generator = torch.Generator().manual_seed(0)

@@ -39,7 +39,7 @@ def test_graphs_are_sound_and_only_the_site_is_opaque(kind: str) -> None:
     sites = [n for n in layer.graph.nodes if n.op == "call_module" and isinstance(layer.get_submodule(n.target), Site)]
     assert len(sites) == 1
     assert set(sites[0].meta["attncompiler"]) == {"policy", "chain", "backward", "refusals"}
-    assert sites[0].meta["attncompiler"]["chain"] == layer.mixer.site.chain
+    assert sites[0].meta["attncompiler"]["chain"] == layer.mixer.site.chain.kernels
     opaque = [n.target for n in layer.graph.nodes if n.op == "call_module"]
     homes = {type(layer.get_submodule(name)).__module__.split(".")[0:2][-1] for name in opaque}
     assert homes <= {"nn", "blocks", "mechanisms"}

@@ -522,7 +522,7 @@ def test_what_a_failure_does_reaches_every_sites_record(kind: str) -> None:
         "fallback: {on_failure: next}": "next",
         "fallback: {on_failure: raise}": "raise",
     }.items():
-        assert compiled(EVERY[kind], extra=extra).layers["0"].mixer.site.record.on_failure == expected
+        assert compiled(EVERY[kind], extra=extra).layers["0"].mixer.site.chain.on_failure == expected
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -535,7 +535,7 @@ def test_deterministic_reaches_every_sites_options(kind: str) -> None:
 @pytest.mark.parametrize("kind", EVERY)
 def test_the_kernels_asked_for_reach_every_sites_chain_and_run(kind: str) -> None:
     policy = EVERY[kind]
-    auto = list(compiled(policy).layers["0"].mixer.site.chain)
+    auto = list(compiled(policy).layers["0"].mixer.site.chain.kernels)
     backwards = auto[::-1]
     assert len(auto) > 1
     for kernel, chain in {"eager": ["eager"], f"[{', '.join(backwards)}]": backwards, "auto": auto}.items():
@@ -547,6 +547,6 @@ def test_the_kernels_asked_for_reach_every_sites_chain_and_run(kind: str) -> Non
 
 def check_chain(built: CompiledModel, chain: list[str]) -> None:
     record = built.layers["0"].mixer.site.record
-    assert list(record.chain) == chain
+    assert list(record.chain.kernels) == chain
     built.layers["0"](torch.randn(1, 5, 32))[0].sum().backward()
     assert set(record.calls) == {(chain[0], "forward"), (chain[0], "backward")}

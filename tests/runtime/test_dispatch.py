@@ -15,6 +15,7 @@ from attncompiler.mechanisms.attention.layer import AttentionSite
 from attncompiler.mechanisms.attention.op import AttentionOptions, attention
 from attncompiler.mechanisms.attention.pattern import SlidingWindow
 from attncompiler.runtime import dispatch, inputs, registry
+from attncompiler.runtime.context import Chain
 from attncompiler.runtime.dispatch import KernelFallbackWarning
 from attncompiler.runtime.implementation import Implementation
 
@@ -51,7 +52,7 @@ def qkv(length: int = 6) -> tuple[torch.Tensor, ...]:
 
 
 def site(*chain: str, on_failure: str = "next", **options: object) -> AttentionSite:
-    return AttentionSite("attention", chain, AttentionOptions(**options), label="layers.0.mixer", on_failure=on_failure)
+    return AttentionSite(AttentionOptions(**options), Chain("layers.0.mixer", chain, on_failure))
 
 
 def test_the_first_kernel_of_the_chain_runs_and_is_recorded() -> None:
@@ -65,8 +66,8 @@ def test_the_first_kernel_of_the_chain_runs_and_is_recorded() -> None:
 
 def test_the_backward_may_begin_with_another_kernel_and_goes_on_along_the_chain() -> None:
     options = AttentionOptions()
-    one = AttentionSite("attention", ("chunkwise", "sdpa", "eager"), options, label="a", backward="eager")
-    two = AttentionSite("attention", ("chunkwise",), options, label="b")
+    one = AttentionSite(options, Chain("a", ("chunkwise", "sdpa", "eager"), backward="eager"))
+    two = AttentionSite(options, Chain("b", ("chunkwise",)))
     inputs = qkv()
     gradients = []
     for each in (one, copy.deepcopy(one), two):
@@ -80,7 +81,7 @@ def test_the_backward_may_begin_with_another_kernel_and_goes_on_along_the_chain(
 
 @pytest.mark.usefixtures("planted")
 def test_a_kernel_without_a_backward_leaves_it_to_the_chain() -> None:
-    one = AttentionSite("attention", ("eager", "forward_only"), AttentionOptions(), label="a", backward="forward_only")
+    one = AttentionSite(AttentionOptions(), Chain("a", ("eager", "forward_only"), backward="forward_only"))
     out, _ = one(*qkv())
     out.sum().backward()
     assert one.record.calls == {("eager", "forward"): 1, ("eager", "backward"): 1}
@@ -178,7 +179,7 @@ def test_handles_are_found_while_their_site_lives_and_belong_to_it_alone() -> No
     assert registry.find(handle) is one.record
     other = copy.deepcopy(one)
     assert int(other.handle) != handle
-    assert (other.chain, other.record.label) == (one.chain, one.record.label)
+    assert other.chain == one.chain
     assert registry.find(int(other.handle)) is other.record
     del one
     gc.collect()

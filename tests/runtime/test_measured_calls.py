@@ -13,6 +13,7 @@ from attncompiler.measured import Bucket, Entry, Run, Times, save, store
 from attncompiler.mechanisms.attention.layer import AttentionSite
 from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, attention
 from attncompiler.runtime import dispatch
+from attncompiler.runtime.context import Chain
 from attncompiler.targets.detect import detect_target
 
 
@@ -73,7 +74,7 @@ def test_what_runs_is_the_first_of_that_order(measured: Callable[..., Path], mon
     inputs = qkv(8)
     expected = attention(*inputs.values(), kernel="eager")
     torch.testing.assert_close(attention(*inputs.values()), expected)
-    site = AttentionSite("attention", ("sdpa",), AttentionOptions(), label="layers.0.mixer")
+    site = AttentionSite(AttentionOptions(), Chain("layers.0.mixer", ("sdpa",)))
     site(*inputs.values())
     assert ran == ["eager", "chunkwise", "sdpa"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from attncompiler.mechanisms.attention.mechanism import AttentionPolicy
 from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, check, new_seed
 from attncompiler.mechanisms.attention.pattern import retained
 from attncompiler.mechanisms.attention.state import State, extend, init_state, moved
-from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.context import Chain, MixerContext
 from attncompiler.runtime.operator import options_text
 from attncompiler.runtime.site import Site
 
@@ -23,17 +22,8 @@ from attncompiler.runtime.site import Site
 class AttentionSite(Site):
     """Runs attention over the new tokens and, in decoding, over the cache. Dropout acts in training alone."""
 
-    def __init__(
-        self,
-        mechanism: str,
-        chain: Iterable[str],
-        options: AttentionOptions,
-        *,
-        label: str,
-        on_failure: str = "next",
-        backward: str | None = None,
-    ):
-        super().__init__(mechanism, chain, options, label=label, on_failure=on_failure, backward=backward)
+    def __init__(self, options: AttentionOptions, chain: Chain):
+        super().__init__("attention", options, chain)
         self.retention = retained(options.pattern)
         self.dropout = options.dropout
         self.options_in_evaluation = options_text(options.model_copy(update={"dropout": 0.0}))
@@ -92,8 +82,6 @@ class Attention(nn.Module):
         self.alibi = Alibi(policy.num_attention_heads) if policy.alibi else None
         scalar = policy.query_pre_attn_scalar
         self.site = AttentionSite(
-            "attention",
-            context.chain,
             AttentionOptions(
                 pattern=policy.pattern,
                 scale=None if scalar is None else scalar**-0.5,
@@ -102,9 +90,7 @@ class Attention(nn.Module):
                 layer=context.layer_index if policy.pattern.kind == "random" else 0,
                 deterministic=context.deterministic,
             ),
-            label=context.label,
-            on_failure=context.on_failure,
-            backward=context.backward,
+            context.chain,
         )
 
     def forward(

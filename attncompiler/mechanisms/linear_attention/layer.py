@@ -12,7 +12,7 @@ from attncompiler.blocks.rotary import Rotary
 from attncompiler.mechanisms.linear_attention.mechanism import LinearAttentionPolicy
 from attncompiler.mechanisms.linear_attention.op import OPERATOR, LinearAttentionOptions, check
 from attncompiler.mechanisms.linear_attention.state import init_state
-from attncompiler.runtime.context import MixerContext
+from attncompiler.runtime.context import Chain, MixerContext
 from attncompiler.runtime.site import Site
 
 State = dict[str, Tensor]
@@ -29,15 +29,8 @@ def retention_decay(num_heads: int, device: torch.device, dtype: torch.dtype) ->
 class LinearAttentionSite(Site):
     """Runs linear attention over the new tokens, from the state that the ones before them left."""
 
-    def __init__(self, context: MixerContext, options: LinearAttentionOptions, retention: bool):
-        super().__init__(
-            "linear_attention",
-            context.chain,
-            options,
-            label=context.label,
-            on_failure=context.on_failure,
-            backward=context.backward,
-        )
+    def __init__(self, options: LinearAttentionOptions, chain: Chain, retention: bool):
+        super().__init__("linear_attention", options, chain)
         self.retention = retention
 
     def forward(
@@ -94,7 +87,6 @@ class LinearAttention(nn.Module):
                 policy.feature_count(M), D, policy.orthogonal is not False, policy.redraw_interval
             )
         self.site = LinearAttentionSite(
-            context,
             LinearAttentionOptions(
                 feature_map=policy.feature_map,
                 causal=policy.causal,
@@ -103,6 +95,7 @@ class LinearAttention(nn.Module):
                 scale=policy.scale,
                 deterministic=context.deterministic,
             ),
+            context.chain,
             retention=policy.decay == "retention",
         )
 

@@ -30,7 +30,8 @@ def init_state(
         raise fail(
             InputError,
             "E503",
-            f"{context.label}: linear_attention with causal: false reads the whole sequence before its first output",
+            f"{context.chain.label}: linear_attention with causal: false reads the whole sequence before its first "
+            "output",
             remedy="run the model on whole sequences",
         )
     wide = torch.promote_types(dtype, torch.float32)

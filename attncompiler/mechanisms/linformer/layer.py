@@ -33,7 +33,7 @@ class LinformerSite(Site):
         Raises InputError (E503) for decoding.
         """
         if state is not None:
-            raise _not_stepwise(self.label)
+            raise _not_stepwise(self.chain.label)
         tensors = check(q, k, v, key_projection, value_projection, segment_ids, attention_mask)
         return OPERATOR(tensors, self.options, self.handle)["out"], None
 
@@ -59,14 +59,8 @@ class Linformer(nn.Module):
         self.key_projection = nn.Parameter(torch.empty(shape))
         self.value_projection = None if policy.share == "kv" else nn.Parameter(torch.empty(shape))
         self.reset_parameters()
-        self.site = LinformerSite(
-            "linformer",
-            context.chain,
-            LinformerOptions(deterministic=context.deterministic),
-            label=context.label,
-            on_failure=context.on_failure,
-            backward=context.backward,
-        )
+        options = LinformerOptions(deterministic=context.deterministic)
+        self.site = LinformerSite("linformer", options, context.chain)
 
     def reset_parameters(self) -> None:
         """Draw the projections along the sequence again, from torch's own generator."""
@@ -99,7 +93,7 @@ class Linformer(nn.Module):
 
     def init_state(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> State:
         """Raises InputError (E503): Linformer cannot be run step by step."""
-        raise _not_stepwise(self.context.label)
+        raise _not_stepwise(self.context.chain.label)
 
 
 def _not_stepwise(label: str) -> Exception:

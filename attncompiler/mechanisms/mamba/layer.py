@@ -101,14 +101,7 @@ class MambaMixer(nn.Module):
             self.b_layernorm = RMSNorm(N, context.norm_eps)
             self.c_layernorm = RMSNorm(N, context.norm_eps)
         options = MambaOptions(deterministic=context.deterministic)
-        self.site = MambaSite(
-            "mamba",
-            context.chain,
-            options,
-            label=context.label,
-            on_failure=context.on_failure,
-            backward=context.backward,
-        )
+        self.site = MambaSite("mamba", options, context.chain)
 
     def initial_value(self, name: str, generator: torch.Generator) -> Tensor:
         """A = −1 … −N in every channel (S4D-Real), D = 1."""

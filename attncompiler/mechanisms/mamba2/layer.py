@@ -71,14 +71,10 @@ class Mamba2Mixer(nn.Module):
             self.norm = GatedRMSNorm(E, context.norm_eps, policy.norm_before_gate, G)
         layers = context.num_layers if policy.rescale_prenorm_residual else None
         self.out_proj = ResidualLinear(E, M, policy.use_bias, layers)
-        self.site = Mamba2Site(
-            "mamba2",
-            context.chain,
-            Mamba2Options(dt_limit=policy.limits, chunk_size=policy.chunk_size, deterministic=context.deterministic),
-            label=context.label,
-            on_failure=context.on_failure,
-            backward=context.backward,
+        options = Mamba2Options(
+            dt_limit=policy.limits, chunk_size=policy.chunk_size, deterministic=context.deterministic
         )
+        self.site = Mamba2Site("mamba2", options, context.chain)
 
     def initial_value(self, name: str, generator: torch.Generator) -> Tensor:
         """A = −1 … −H, D = 1, and time steps log-uniform in the policy's range behind the softplus."""
