@@ -11,12 +11,16 @@ where `err` and `low err` are the distances to the reference run in fp64 on the 
 An output that is the logarithm of a sum over the sequence grows with it while the gradients shrink: at a few hundred
 tokens 16 eps of the lse are in bf16 more than all of a gradient. So its rms counts in its own `s` alone; the other
 results are exponentials of it, and to them it is an input.
+
+A tensor can be judged on several calls at once. All its numbers then are one tensor's, each call's errors being brought
+to the scale of the first by the ratio of the two `s`: so none counts for more because its results are larger, and the
+errors of a call with small results do not vanish beside those of another.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,9 +74,9 @@ def oracle(
 ) -> Oracle:
     """The oracle of a call of `dtype` with these exact results, low errors and inputs.
 
-    The input scale is the largest finite magnitude in a floating input or in a logarithm: by so much can one product,
-    or one exponential, amplify a rounding error. An infinite one (the logarithm of favor's empty state)
-    amplifies none.
+    The input scale is the largest finite magnitude in a floating input, and in a logarithm for what is an exponential
+    of it: by so much can one product, or one exponential, amplify a rounding error. An infinite input (the logarithm of
+    favor's empty state) amplifies none.
     Raises ValueError when an exact result is NaN: such a call cannot judge anything.
     """
     for name, tensor in exact.items():
@@ -80,12 +84,14 @@ def oracle(
             raise ValueError(f"the reference gives NaN in {name}")
     sizes = {name: rms(tensor) for name, tensor in exact.items()}
     largest = max((size for name, size in sizes.items() if name not in logarithms), default=0.0)
-    floating = [tensor for tensor in inputs.values() if tensor.is_floating_point()]
-    floating += [exact[name] for name in logarithms if name in exact]
-    input_scale = max((_largest(tensor[tensor.isfinite()].abs()) for tensor in floating), default=0.0)
-    by = max(1.0, input_scale)
-    scales = {name: max(largest, sizes[name]) * by for name in logarithms if name in sizes}
+    own = _amplified(tensor for tensor in inputs.values() if tensor.is_floating_point())
+    scales = {name: max(largest, sizes[name]) * own for name in logarithms if name in sizes}
+    by = max(own, _amplified(exact[name] for name in scales))
     return Oracle(exact, low_error, torch.finfo(dtype).eps, largest * by, scales)
+
+
+def _amplified(tensors: Iterable[Tensor]) -> float:
+    return max([1.0, *(_largest(tensor[tensor.isfinite()].abs()) for tensor in tensors)])
 
 
 def judge(got: Results, oracle: Oracle, *others: tuple[Results, Oracle]) -> tuple[Verdict, ...]:

@@ -11,6 +11,8 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
+from triton import knobs
+from triton.compiler import CompiledKernel
 
 MOST = 4096
 """Launches of a kernel that are known; a sequence of every length is one of its own."""
@@ -33,15 +35,16 @@ class Launcher:
             compiled[*grid, *(1,) * (3 - len(grid))](*arguments)
             return
         compiled = self.kernel[grid](*arguments, num_warps=4)
-        if known is not None and compiled is not None:
+        if known is not None and isinstance(compiled, CompiledKernel):  # not one that is yet to be compiled
             if len(self._compiled) >= MOST:
                 self._compiled.clear()
             self._compiled[known] = compiled
 
 
 def known_by(*tensors: torch.Tensor | None) -> tuple[Hashable, ...]:
-    """What Triton would look at of these tensors, and on which device they are."""
-    return tuple(
+    """What Triton would look at of these tensors, on which device they are, and what it is told to compile into all."""
+    asked = knobs.runtime.debug, knobs.compilation.instrumentation_mode, knobs.runtime.add_stages_inspection_hook
+    return asked, *(
         None
         if tensor is None
         else (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.device)
