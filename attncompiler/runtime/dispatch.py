@@ -49,6 +49,8 @@ MOST_DECIDED = 4096
 
 Decision = tuple[str, Kernel | None, tuple[Refusal, ...]]
 """a kernel's name, the kernel unless it is not built, and why it does not serve"""
+Reason = tuple[str, str | tuple[Refusal, ...]]
+"""a kernel's name, and why it did not serve, in words or as what will be put into words"""
 _decided: dict[Any, tuple[Decision, ...]] = {}
 
 
@@ -130,7 +132,7 @@ def _walk(
 ) -> dict[str, Tensor]:
     device = inputs[operator.inputs[0]].device
     site = registry.find(handle)
-    reasons: list[tuple[str, str | tuple[Refusal, ...]]] = []
+    reasons: list[Reason] = []
     chosen = options.kernel if site is None else walked(site.chain.kernels, site.chain.backward, direction)
     for name, kernel, refused in _decisions(operator, chosen, inputs, options, device, direction):
         if kernel is None:
@@ -163,7 +165,7 @@ def _attempt(
     direction: str,
     device: str,
     call: Callable[[Implementation], dict[str, Tensor] | None],
-    reasons: list[tuple[str, str | tuple[Refusal, ...]]],
+    reasons: list[Reason],
 ) -> dict[str, Tensor] | None:
     """The kernel's results, or None when it has no such direction or failed and the chain may go on."""
     cause: str | None = None

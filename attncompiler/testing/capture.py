@@ -20,14 +20,11 @@ from attncompiler.runtime.operator import NAMESPACE, Operator
 
 @dataclass(frozen=True)
 class SiteCall:
-    """A call that a site made: its label, the chain it may run, and the operator's inputs and options."""
+    """A call that a site made: the chain it may run, and the operator's inputs and options."""
 
-    label: str
-    chain: tuple[str, ...]
+    chain: Chain
     mechanism: Mechanism
     case: Case
-    backward: str | None = None
-    """the kernel whose backward is tried first, where that is not the first of the chain"""
 
 
 class recorded(TorchDispatchMode):
@@ -58,8 +55,7 @@ def _read(mechanism: Mechanism, tensors: list[torch.Tensor], descriptor: str, ha
     given = {name: tensor.detach() for name, tensor in zip(names.split(","), tensors, strict=True)}
     record = registry.find(int(handle))
     chain = Chain(mechanism.name, options.kernel) if record is None else record.chain
-    case = Case(operator, given, options, causal=False)
-    return SiteCall(chain.label, chain.kernels, mechanism, case, chain.backward)
+    return SiteCall(chain, mechanism, Case(operator, given, options, causal=False))
 
 
 def enlivened(model: nn.Module, seed: int) -> None:

@@ -1,10 +1,10 @@
-"""Peak memory of a computation: counted by what torch's operations return, or by a GPU's allocator."""
+"""Peak memory of a plain-torch computation on any device, counted by what its operations allocate."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,20 +50,3 @@ class PeakMemory(TorchDispatchMode):
 
     def _freed(self, size: int) -> None:
         self.live -= size
-
-
-class AllocatedMemory:
-    """A context that asks the allocator of torch's current CUDA device: `peak` is the most bytes that lived at once,
-    beside those that did before; what kernels use inside is among them, what they leave cached as free is not."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._before = 0
-
-    def __enter__(self) -> Self:
-        torch.cuda.reset_peak_memory_stats()
-        self._before = torch.cuda.memory_allocated()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.peak = torch.cuda.max_memory_allocated() - self._before

@@ -180,14 +180,15 @@ def judged(subject: Subject, call: SiteCall, dtype: torch.dtype) -> Iterator[Bro
         kernel = call.mechanism.kernel(name)
         return kernel is not None and not refusals_of(kernel, case)
 
-    runs = {name: kernel_call(name) for name in filter(serves, call.chain)}
-    if call.backward is not None and {call.chain[0], call.backward} <= runs.keys():
-        runs[f"{call.chain[0]}, backward {call.backward}"] = pair_call(call.chain[0], call.backward)
+    first, last = call.chain.kernels[:1], call.chain.backward
+    runs = {name: kernel_call(name) for name in filter(serves, call.chain.kernels)}
+    if last is not None and {*first, last} <= runs.keys():
+        runs[f"{first[0]}, backward {last}"] = pair_call(first[0], last)
     for name, run in runs.items():
         subject.judged += 1
         for verdict in trial.verdicts(partial(evaluate, run)):
             if not verdict.ok:
-                yield Broken("kernels", f"{call.label} {name}", f"{verdict}, on {case!r}")
+                yield Broken("kernels", f"{call.chain.label} {name}", f"{verdict}, on {case!r}")
 
 
 def alone(subject: Subject) -> Iterator[Broken]:

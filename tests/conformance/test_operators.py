@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from attncompiler.bench.device import Clock
 from attncompiler.mechanisms.base import Kernel, Mechanism, discover, load_entry
 from attncompiler.mechanisms.case import Case, Cases
 from attncompiler.runtime.operator import no_site, options_text
 from attncompiler.testing import laws
 from attncompiler.testing.conformance import cotangents, kernel_call, prepared, refusals_of
-from attncompiler.testing.memory import AllocatedMemory, PeakMemory
+from attncompiler.testing.memory import PeakMemory
 
 LONG = 32768
 SAVED_PER_BYTE = 3
@@ -203,14 +205,23 @@ def peaks(kernel: Kernel, case: Case, length: int, device: str) -> list[tuple[in
 def peak(kernel: Kernel, case: Case, device: str) -> tuple[int, int]:
     implementation = load_entry(kernel.entry)
     grads = {name: grad.to(case.tensors[case.operator.inputs[0]].device) for name, grad in cotangents(case).items()}
-    # a GPU's allocator sees all of it, and torch compiles nothing while a mode counts what operations return
-    meter = AllocatedMemory if device == "cuda" else PeakMemory
+    outputs: dict[str, Tensor] = {}
+
+    def forward() -> None:
+        outputs.update(implementation.forward(case.tensors, case.options))
+
+    def backward() -> None:
+        implementation.backward(grads, case.tensors, outputs, case.options)
+
     with torch.no_grad():
-        with meter() as forward:
-            outputs = implementation.forward(case.tensors, case.options)
-        with meter() as backward:
-            implementation.backward(grads, case.tensors, outputs, case.options)
-    return forward.peak, backward.peak
+        return bytes_of(forward, device), bytes_of(backward, device)
+
+
+def bytes_of(work: Callable[[], None], device: str) -> int:
+    # a GPU's allocator sees all of it, and torch compiles nothing while a mode counts what operations return
+    with PeakMemory() if device == "cpu" else contextlib.nullcontext() as counted:
+        allocated = Clock(device).peak(work)
+    return counted.peak if allocated is None else allocated
 
 
 @pytest.mark.parametrize(
