@@ -88,9 +88,9 @@ def attention(
             held: list[Measured] = []
             for result in results:
                 held.append(result)
+                taken.append(result)
                 if save:
                     saved = measured.save(keep.entries([result], facts, named), target.name, tables)
-            taken += held
             if format == "text":
                 decoding = not held[0].row.backward
                 _print(report.tables(group, held, copy_rate if decoding else None))
@@ -103,6 +103,8 @@ def attention(
     lost = next((result.lost for result in taken if result.lost), None)
     if lost is not None:
         raise fail(KernelError, "E504", f"{taken[-1].row.id}: {lost}", remedy="name the rows after it with --rows")
+    if len(taken) < len(chosen):
+        raise KeyboardInterrupt  # what was measured until then is printed; the command ends as interrupted ones do
 
 
 def _target(device: str | None) -> Target:
@@ -123,11 +125,14 @@ def _target(device: str | None) -> Target:
 
 
 def _staged(found: Iterable[Measured], chosen: Sequence[Row], stage: Callable[[str], None]) -> Iterator[Measured]:
-    """The results, with the row that is under way named before it is."""
+    """The results, with the row that is under way named before it is; those there are where it is interrupted."""
     results = iter(found)
     for number, row in enumerate(chosen, 1):
         stage(f"{row.id}, {number} of {len(chosen)}")
-        result = next(results, None)
+        try:
+            result = next(results, None)
+        except KeyboardInterrupt:
+            return
         if result is None:
             return
         yield result

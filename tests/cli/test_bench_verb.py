@@ -167,3 +167,27 @@ def test_a_device_that_is_lost_is_an_error_after_what_was_measured(monkeypatch: 
     assert "causal/tiny: an illegal access" in result.stderr
     assert "E504" in result.stderr
     assert "RuntimeError: an illegal access" in result.stdout
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_an_interrupted_run_prints_and_keeps_what_it_measured(
+    own: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    from attncompiler.bench.attention import run as running
+
+    measure = running.measure
+
+    def interrupted(row: rows.Row, *arguments: Any) -> Any:
+        if row is ROWS[2]:
+            raise KeyboardInterrupt
+        return measure(row, *arguments)
+
+    monkeypatch.setattr(running, "measure", interrupted)
+    result = run("bench", "attention", "--device", "cpu", "--repeats", "2", "--save", "--format", form)
+    assert result.exit_code == 130
+    if form == "json":
+        assert [row["row"] for row in json.loads(result.stdout)["rows"]] == ["causal/tiny", "sparse/tiny-window"]
+    else:
+        assert "tiny-window" in result.stdout
+        assert "decode" not in result.stdout
+    assert len(list(own.glob("*.json"))) == 1
