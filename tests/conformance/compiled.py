@@ -2,7 +2,7 @@
 
 Run in a process of its own: under Triton's interpreter nothing is compiled.
 
-    python tests/conformance/compiled.py CAPABILITY SHARED_MEMORY_BYTES
+    python tests/conformance/compiled.py CAPABILITY SHARED_MEMORY_BYTES MECHANISM [few]
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from machine_code import unset_reads
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from attncompiler.mechanisms.attention.flash import kernel, launch
+from attncompiler.blocks.gpu import Device
+from attncompiler.blocks.recurrence import launch
+from attncompiler.mechanisms.attention.flash import kernel
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, LocalGlobal, Random, SlidingWindow, Strided
+from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
+from attncompiler.mechanisms.linear_attention.recurrence import kernel as linear
 
 
 class NoDevice:
@@ -115,10 +119,53 @@ def call(
     return tensors, AttentionOptions(pattern=pattern, **asked)
 
 
-def main(capability: int, shared_memory: int) -> None:
+def linear_rows(few: bool) -> Iterator[dict[str, Any]]:
+    """Linear attention's kernels, forward and backward, plain and with all that a token may count by."""
+    for dtype in (torch.float32, torch.bfloat16) if few else (torch.float32, torch.bfloat16, torch.float16):
+        for width in (64,) if few else (64, 128, 256):
+            for more in (True,) if few else (False, True):
+                tensors = {name: torch.zeros(1, 2048, 2, width, dtype=dtype) for name in "qkv"}
+                if more:
+                    tensors["log_decay"] = torch.zeros(1, 2048, 2)
+                    tensors["segment_ids"] = torch.zeros(1, 2048, dtype=torch.int64)
+                    tensors["attention_mask"] = torch.ones(1, 2048, dtype=torch.bool)
+                options = LinearAttentionOptions()
+                found: list[Any] = []
+                with compiling(found):
+                    outputs = linear.forward(tensors, options)
+                    linear.backward({"out": outputs["out"]}, tensors, outputs, options)
+                for name, made in found:
+                    yield {
+                        **row_of(name, made, dtype, width),
+                        "tokens": 2048,
+                        "options": sorted(tensors.keys() - set("qkv")),
+                    }
+
+
+def row_of(name: str, made: Any, dtype: torch.dtype, width: int) -> dict[str, Any]:
+    """What one compiled kernel needs, and what is in its code."""
+    return {
+        "kernel": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "width": width,
+        "shared": made.metadata.shared,
+        "tf32": ".tf32" in made.asm["ptx"],
+        "wgmma": "wgmma" in made.asm["ptx"],
+        "unset": unset_reads(made.asm["cubin"]),
+        **resources(made.asm["cubin"]),
+    }
+
+
+def main(capability: int, shared_memory: int, mechanism: str, few: bool) -> None:
     triton.runtime.driver.set_active(NoDevice(capability))
-    kernel.device_of = lambda device: launch.Device(shared_memory, 132, divmod(capability, 10))
-    rows = []
+    device = Device(shared_memory, 132, divmod(capability, 10))
+    kernel.device_of = launch.device_of = lambda _: device
+    rows = linear_rows(few) if mechanism == "linear_attention" else attention_rows(capability)
+    print(json.dumps(list(rows)))
+
+
+def attention_rows(capability: int) -> Iterator[dict[str, Any]]:
+    """Attention's kernels, every way through them."""
     for tensors, options in calls(capability):
         found: list[Any] = []
         with compiling(found):
@@ -126,25 +173,15 @@ def main(capability: int, shared_memory: int) -> None:
             if tensors["q"].shape[1] > 1:
                 kernel.backward({"out": outputs["out"]}, tensors, outputs, options)
         for name, made in found:
-            rows.append(
-                {
-                    "kernel": name,
-                    "dtype": str(tensors["q"].dtype).removeprefix("torch."),
-                    "width": tensors["q"].shape[-1],
-                    "tokens": tensors["q"].shape[1],
-                    "pattern": options.pattern.kind,
-                    "softcap": options.softcap is not None,
-                    "deterministic": options.deterministic,
-                    "options": sorted(tensors.keys() - {"q", "k", "v"}),
-                    "shared": made.metadata.shared,
-                    "tf32": ".tf32" in made.asm["ptx"],
-                    "wgmma": "wgmma" in made.asm["ptx"],
-                    "unset": unset_reads(made.asm["cubin"]),
-                    **resources(made.asm["cubin"]),
-                }
-            )
-    print(json.dumps(rows))
+            yield {
+                **row_of(name, made, tensors["q"].dtype, tensors["q"].shape[-1]),
+                "tokens": tensors["q"].shape[1],
+                "pattern": options.pattern.kind,
+                "softcap": options.softcap is not None,
+                "deterministic": options.deterministic,
+                "options": sorted(tensors.keys() - {"q", "k", "v"}),
+            }
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], "few" in sys.argv)

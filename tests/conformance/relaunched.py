@@ -20,7 +20,8 @@ import triton
 from compiled import NoDevice
 from triton.runtime.jit import JITFunction
 
-from attncompiler.mechanisms.attention.flash import kernel, launch
+from attncompiler.blocks.gpu import Device
+from attncompiler.mechanisms.attention.flash import kernel
 from attncompiler.mechanisms.attention.flash.launcher import Launcher
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, Full, SlidingWindow
@@ -61,7 +62,7 @@ def call(draw: random.Random) -> tuple[dict[str, torch.Tensor], AttentionOptions
 
 def main(calls: int) -> None:
     triton.runtime.driver.set_active(NoDevice(90))
-    kernel.device_of = lambda device: launch.Device(232448, 132, (9, 0))
+    kernel.device_of = lambda device: Device(232448, 132, (9, 0))
     asked: list[str] = []
     JITFunction._do_compile = lambda self, key, *_, **__: asked.append(key)
     found: defaultdict[tuple[str, Hashable], set[str]] = defaultdict(set)

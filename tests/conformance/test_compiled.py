@@ -25,10 +25,11 @@ MOST_STACK = 512
     "capability",
     [pytest.param(each, marks=[] if each == FAST else [pytest.mark.slow]) for each in SHARED_MEMORY],
 )
-def test_kernels_fit_an_architecture_that_is_not_here(capability: int) -> None:
+@pytest.mark.parametrize("compiles", ["attention", "linear_attention"])
+def test_kernels_fit_an_architecture_that_is_not_here(capability: int, compiles: str) -> None:
     """Shared memory within the limit, next to nothing spilled, fp32 multiplied as fp32, and no address from a register
     that nothing has set."""
-    for row in compiled(capability):
+    for row in compiled(capability, compiles, *(["few"] if capability == FAST else [])):
         assert row["shared"] <= SHARED_MEMORY[capability], row
         # fp32 heads of 256 have sums that no tile of 16 rows leaves room for
         assert row["stack"] <= MOST_STACK or (row["dtype"] == "float32" and row["width"] > 128), row
@@ -40,7 +41,7 @@ def test_kernels_fit_an_architecture_that_is_not_here(capability: int) -> None:
 def test_hopper_runs_its_own_kernels() -> None:
     """Heads of 64 and 128 in 16 bits, by index, by lists and by segments, capped and deterministic; others run the
     kernels for every architecture."""
-    rows = [row for row in compiled(90) if row["dtype"] == "bfloat16" and row["tokens"] > 1]
+    rows = [row for row in compiled(90, "attention") if row["dtype"] == "bfloat16" and row["tokens"] > 1]
     patterns = ("causal", "strided", "local_global", "random")
     known = {(width, pattern) for width in (64, 128) for pattern in patterns} | {(128, "sliding_window")}
     known |= {(width, "causal", asked) for width in (64, 128) for asked in ("softcap", "deterministic")}
@@ -96,12 +97,12 @@ def test_a_launch_is_known_by_all_that_it_is_compiled_for() -> None:
     assert not found["in more than one way"]
 
 
-def compiled(capability: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = in_a_process("compiled.py", capability, SHARED_MEMORY[capability])
+def compiled(capability: int, mechanism: str, *how: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = in_a_process("compiled.py", capability, SHARED_MEMORY[capability], mechanism, *how)
     return rows
 
 
-def in_a_process(script: str, *arguments: int) -> Any:
+def in_a_process(script: str, *arguments: int | str) -> Any:
     """What a script beside this one says, in a process that does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]

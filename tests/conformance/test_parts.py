@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attncompiler.blocks.gpu import Device
 from attncompiler.mechanisms.attention.mechanism import MECHANISM
 from attncompiler.mechanisms.attention.op import OPERATOR, AttentionOptions, as_pattern
 from attncompiler.mechanisms.case import Case, values
@@ -19,7 +20,7 @@ launch = pytest.importorskip("attncompiler.mechanisms.attention.flash.launch")
 
 @given(st.integers(1, 10**7), st.integers(1, 200), st.integers(1, 200))
 def test_parts_are_equal_and_each_keeps_the_device_busy(programs: int, heads: int, multiprocessors: int) -> None:
-    parts = launch.parts_of(programs, heads, launch.Device(0, multiprocessors))
+    parts = launch.parts_of(programs, heads, Device(0, multiprocessors))
     assert heads % parts == 0
     busy = launch.PART_WAVES * multiprocessors
     assert parts == 1 or programs // parts >= busy

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from attncompiler.mechanisms.base import (
     ANY,
+    AtMost,
     Factor,
     Fault,
     Kernel,
@@ -73,6 +74,7 @@ def features(policy: LinearAttentionPolicy, model: Any) -> Mapping[str, Value]:
         "normalize": policy.normalize,
         "bidirectional": not policy.causal,
         "decay": policy.decay,
+        "width": max(policy.feature_count(model.hidden_size), policy.value_width(model.hidden_size)),
     }
 
 
@@ -106,11 +108,12 @@ def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
     return CPU if device_type == "cpu" else GPU
 
 
-OFFERED: Mapping[str, OneOf | None] = {
+OFFERED: Mapping[str, OneOf | AtMost | None] = {
     "feature_map": OneOf("elu", "favor", "relu", "identity"),
     "normalize": ANY,
     "bidirectional": ANY,
     "decay": ANY,
+    "width": ANY,
     "segments": ANY,
     "padding": ANY,
     "initial_state": ANY,
@@ -118,6 +121,20 @@ OFFERED: Mapping[str, OneOf | None] = {
 }
 
 KERNELS = (
+    Kernel(
+        name="triton",
+        entry="attncompiler.mechanisms.linear_attention.kernels.triton:KERNEL",
+        needs=Needs(
+            features={**OFFERED, "feature_map": OneOf("elu", "relu", "identity"), "width": AtMost(256)},
+            device_types=("cuda",),
+            dtypes=("float32", "bfloat16", "float16"),
+            vendor="nvidia",
+            min_compute_capability=(8, 0),
+            packages={"triton": "pip install 'attncompiler[gpu]'"},
+            interpreted=("float32", "float16"),
+        ),
+        summary="built-in passes of the recurrence, in chunks and groups of them: memory linear in the length",
+    ),
     Kernel(
         name="chunkwise",
         entry="attncompiler.mechanisms.linear_attention.kernels.chunkwise:KERNEL",

@@ -70,11 +70,13 @@ def _fake(inputs: Tensors, options: LinearAttentionOptions) -> dict[str, Tensor]
 
 
 def _features(inputs: Tensors, options: LinearAttentionOptions) -> Mapping[str, Value]:
+    features = inputs["projection"].shape[0] if "projection" in inputs else inputs["q"].shape[-1]
     return {
         "feature_map": options.feature_map,
         "normalize": options.normalize,
         "bidirectional": not options.causal,
         "decay": "log_decay" in inputs,
+        "width": max(features, inputs["v"].shape[-1]),
         "segments": "segment_ids" in inputs,
         "padding": "attention_mask" in inputs,
         "initial_state": "initial_s" in inputs,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attncompiler.blocks.gpu import Device
 from attncompiler.mechanisms.attention import sinks
 from attncompiler.mechanisms.attention.flash import hopper_backward, hopper_forward, hopper_tables
 from attncompiler.mechanisms.attention.flash.hopper_tables import Visits
-from attncompiler.mechanisms.attention.flash.launch import Device, parts_of
+from attncompiler.mechanisms.attention.flash.launch import parts_of
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, Full, Pattern, Random, SlidingWindow
 from attncompiler.runtime.implementation import Tensors

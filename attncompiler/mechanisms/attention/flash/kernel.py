@@ -7,6 +7,7 @@ import math
 import torch
 import triton
 
+from attncompiler.blocks.gpu import Device, device_of
 from attncompiler.mechanisms.attention import residues, sinks
 from attncompiler.mechanisms.attention.flash import hopper
 from attncompiler.mechanisms.attention.flash.backward import delta_kernel, gather_kernel, spread_kernel
@@ -14,9 +15,7 @@ from attncompiler.mechanisms.attention.flash.forward import attend_kernel, merge
 from attncompiler.mechanisms.attention.flash.launch import (
     CACHE,
     Blocks,
-    Device,
     blocks_for,
-    device_of,
     gathering_blocks,
     padded,
     precision,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from attncompiler.blocks.gpu import Device
 from attncompiler.mechanisms.attention.dropout import BITS
 from attncompiler.mechanisms.attention.flash.forward import Sizes
 from attncompiler.mechanisms.attention.flash.scores import Scoring
@@ -19,27 +19,6 @@ from attncompiler.runtime.implementation import Tensors
 
 CACHE = 2**25
 """bytes of keys and values that programs beside each other may read, so that they stay in the second-level cache"""
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What block shapes and splits depend on."""
-
-    shared_memory: int
-    """bytes a program may have"""
-    multiprocessors: int
-    capability: tuple[int, int] = (0, 0)
-    """compute capability; of no GPU, none"""
-
-
-@cache
-def device_of(device: torch.device) -> Device:
-    """The facts of a device. Where the kernels are interpreted there is none, and small numbers serve."""
-    if device.type != "cuda":
-        return Device(2**16, 4)
-    seen = torch.cuda.get_device_properties(device)
-    shared_memory = seen.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Device(shared_memory, seen.multi_processor_count, (seen.major, seen.minor))
 
 
 PART_WAVES = 24
@@ -125,7 +104,7 @@ def gathering_blocks(device: Device, dtype: torch.dtype, width: int) -> Blocks:
 def blocks_for(device: Device, dtype: torch.dtype, own_width: int, met_width: int, sums_width: int) -> Blocks:
     """The best shape that a device has room for, by how wide a program's own operands, those it meets and its sums
     are."""
-    if device.capability == (0, 0):
+    if device.interpreted:
         return INTERPRETED
     exact = dtype == torch.float32
     for blocks in VECTOR_UNITS if exact else MATRIX_UNITS:

@@ -1,0 +1,44 @@
+"""The gradient of decays, from what the passes over rows and columns found."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attncompiler.blocks.recurrence.launch import Found
+
+
+def decay_gradient(rows: Found, columns: Found, met: Tensor | None, T: int) -> Tensor:
+    """The gradient of each token's decay, (B, T, H): everything that passes it, what is weighed times its gradient.
+
+    `rows` is the pass that found the gradient of x, with its `dots` x·dx, and `columns`, in reverse, that of y with
+    y·dy: each in two parts, across the boundary of a chunk and inside it. Of the pairs inside a chunk those pass a
+    token whose row is it or later, less those whose column is too. What comes from before the chunk passes up to its
+    row, what goes behind it from behind its column on, and the rest passes the whole chunk: that is what passes its
+    first token, less what ends in it. What passes the first token of a group is known without a sum, as the product of
+    the state there and of its gradient (`met` at the first group, None where it is 0), so that no sum of what is added
+    and taken away is longer than a group.
+    """
+    assert rows.dots is not None
+    assert columns.dots is not None
+    groups = rows.groups
+    C = groups.tokens
+
+    def chunked(x: Tensor) -> Tensor:
+        return pad(x, (0, -T % C)).unflatten(-1, (-1, C))
+
+    started, inside_rows = (chunked(x) for x in rows.dots)
+    ended, inside_columns = (chunked(x) for x in columns.dots)
+    local = (started + inside_rows - inside_columns).flip(-1).cumsum(-1).flip(-1) + ended.cumsum(-1) - ended
+    ends, begins = started.sum(-1), ended.sum(-1)
+    n = ends.shape[-1]
+    first = torch.zeros(*ends.shape[:2], groups.count, dtype=ends.dtype, device=ends.device)
+    if met is not None:
+        first[..., 0] = met
+    if rows.states is not None:
+        assert columns.states is not None
+        first[..., 1:] = torch.linalg.vecdot(rows.states, columns.states.flip(2))
+    change = pad(begins - ends, (0, groups.count * groups.chunks - n)).unflatten(-1, (groups.count, groups.chunks))
+    passing = (first[..., None] + change.cumsum(-1) - change).flatten(-2)[..., :n]
+    return (local + (passing - ends)[..., None]).flatten(-2)[..., :T].transpose(1, 2)

@@ -1,0 +1,253 @@
+"""One call of the pass: shapes of tiles, groups of chunks, and buffers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attncompiler.blocks.gpu import Device, device_of
+from attncompiler.blocks.recurrence.passes import Added, Operand, Result, carry_kernel, pass_kernel
+from attncompiler.blocks.recurrence.weights import Times
+
+Map = Literal["none", "elu", "relu"]
+WIDEST = 256
+"""numbers of a row or column at most: they are multiplied in one piece"""
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """x, y or u: (B, T, H / share, width), with the feature map and the factor (B, T, H) that it comes by."""
+
+    tensor: Tensor
+    map: Map = "none"
+    factor: Tensor | None = None
+    share: int = 1
+
+    @property
+    def width(self) -> int:
+        return self.tensor.shape[-1]
+
+    def argument(self) -> Operand:
+        tensor = self.tensor if self.tensor.stride(-1) == 1 else self.tensor.contiguous()
+        batch, token, head, _ = tensor.stride()
+        return Operand(tensor, batch, token, head, self.share, self.factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How tokens count for one another, and which see which."""
+
+    decay: Tensor | None = None
+    """(B, T, H), natural logarithms, fp32"""
+    runs: Tensor | None = None
+    """(B, T)"""
+    real: Tensor | None = None
+    """(B, T) bool"""
+    strict: bool = False
+    """whether a token does not see itself"""
+
+    def argument(self) -> Times:
+        batch, token, head = (0, 0, 0) if self.decay is None else self.decay.stride()
+        runs = None if self.runs is None else self.runs.to(torch.int32).contiguous()
+        real = None if self.real is None else self.real.contiguous().view(torch.uint8)
+        return Times(self.decay, batch, token, head, runs, real)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The shape of a chunk's tiles: its tokens, and how many of the W numbers a program takes."""
+
+    tokens: int
+    width: int
+    num_warps: int
+    num_stages: int
+
+    def shared_memory(self, K: int, itemsize: int) -> int:
+        """Bytes of a program at most: x, y and u once for each stage, the state and the pairs as operands."""
+        met = self.tokens * (2 * K + self.width)
+        return itemsize * (self.num_stages * met + K * self.width + self.tokens**2)
+
+    def registers(self, K: int, itemsize: int) -> int:
+        """Of a thread, for the sums of state, rows and pairs, and for one of x and y."""
+        sums = K * self.width + self.tokens * (self.width + self.tokens)
+        return (sums + self.tokens * K * itemsize // 4) // (32 * self.num_warps)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """So many groups of so many chunks each."""
+
+    count: int
+    chunks: int
+    tokens: int
+    """of a chunk"""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a pass found: `total` where one width more was asked of u, `dots` (2, B, H, T) where they were asked.
+
+    `final` (B, H, M) is the state behind the last token, flat, with its sums of one width more behind it, and `states`
+    (B, H, groups − 1, M) those between the groups, in the order in which they were met.
+    """
+
+    out: Tensor
+    total: Tensor | None
+    dots: Tensor | None
+    final: Tensor | None
+    states: Tensor | None
+    groups: Groups
+
+
+MATRIX_UNITS = (
+    Tiles(64, 64, 8, 2),
+    Tiles(64, 64, 8, 1),
+    Tiles(64, 32, 8, 1),
+    Tiles(32, 64, 8, 2),
+    Tiles(32, 32, 8, 1),
+    Tiles(16, 16, 4, 1),
+)
+"""for bf16, best first"""
+TF32 = (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))
+"""for fp16, whose operands take fp32's room"""
+VECTOR_UNITS = (Tiles(16, 32, 4, 1), Tiles(16, 16, 8, 1))
+"""for fp32, which is multiplied number by number: all factors of a product lie in registers"""
+INTERPRETED = Tiles(32, 32, 4, 1)
+"""where there is no GPU"""
+MOST_REGISTERS, MOST_BESIDE_WARPGROUPS = 72, 104
+"""of a thread, for sums and operands: where operands come from registers, and where warpgroups read shared memory"""
+
+
+def tiles_for(device: Device, dtype: torch.dtype, K: int, W: int) -> Tiles:
+    """The best shape that a device has room for."""
+    wide, widest = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(W))
+    if device.interpreted:
+        return replace(INTERPRETED, width=min(INTERPRETED.width, widest))
+    if dtype == torch.float32:
+        found = VECTOR_UNITS[wide > 64]
+        return replace(found, width=min(found.width, widest))
+    shapes, itemsize = (MATRIX_UNITS, 2) if dtype == torch.bfloat16 else (TF32, 4)
+    for shape in shapes:
+        tiles = replace(shape, width=min(shape.width, widest))
+        groups = device.capability[0] == 9 and tiles.tokens >= 64
+        fits = tiles.shared_memory(wide, itemsize) <= device.shared_memory
+        if fits and tiles.registers(wide, itemsize) <= (MOST_BESIDE_WARPGROUPS if groups else MOST_REGISTERS):
+            break
+    return tiles
+
+
+MOST_CHUNKS, FEWEST_CHUNKS, WAVES = 64, 8, 3
+"""Chunks of a group: at most, since a program goes through them one after the other; at least, since a state between
+two groups is written and read; and programs for each multiprocessor that are enough."""
+
+
+def groups_for(device: Device, programs: int, T: int, tiles: Tiles) -> Groups:
+    """How a sequence is cut for `programs` heads and blocks of W."""
+    chunks = triton.cdiv(T, tiles.tokens)
+    if device.interpreted:  # short sequences have several groups too
+        return Groups(triton.cdiv(chunks, 2), 2, tiles.tokens)
+    wanted = max(1, math.ceil(WAVES * device.multiprocessors / programs))
+    each = min(chunks, MOST_CHUNKS, max(FEWEST_CHUNKS, triton.cdiv(chunks, wanted)))
+    return Groups(triton.cdiv(chunks, each), each, tiles.tokens)
+
+
+DTYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
+"""What is multiplied. States and weighted sums of fp16 numbers leave its range: they are multiplied in tf32, which has
+fp16's digits and fp32's range."""
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 operands are multiplied: those that were fp32 exactly, unless torch is told otherwise for its own."""
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "ieee" if exact else "tf32"
+
+
+NOTHING_ADDED = Added(None, None)
+
+
+def run(
+    x: Side,
+    y: Side,
+    u: Side,
+    order: Order,
+    *,
+    H: int,
+    reverse: bool = False,
+    extra: Literal["none", "total", "added"] = "none",
+    added: Added = NOTHING_ADDED,
+    normalize: bool = False,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    slope: Map = "none",
+    raw: Side | None = None,
+    factor: Tensor | None = None,
+    dots: bool = False,
+    initial: Tensor | None = None,
+    final: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Found:
+    """One pass over all tokens: out (B, T, H, W) of x (B, T, H, K), y (…, K) and u (…, W), as the package says.
+
+    `extra` is one width more: "total", of u, by numbers 1; or "added", of x and y, by `added`. `raw` (B, T, H, W) is
+    what a feature map was taken of, whose `slope` is multiplied onto out, and whose features `dots` are products with.
+    `factor` (B, T, H), fp32, is multiplied onto out alone.
+    `initial` (B, H, M) is the state that the first token met sees, M being K·W and the width of `extra`'s sums.
+    """
+    B, T = x.tensor.shape[:2]
+    K, W, dtype, device = x.width, u.width, x.tensor.dtype, x.tensor.device
+    M = K * W + {"none": 0, "total": K, "added": W}[extra]
+    facts = device_of(device)
+    tiles = tiles_for(facts, dtype, K, W)
+    blocks = triton.cdiv(W, tiles.width)
+    groups = groups_for(facts, B * H * blocks, T, tiles)
+    out = torch.empty(B, T, H, W, dtype=out_dtype or dtype, device=device)
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    total = torch.empty(B, T, H, **wide) if extra == "total" else None
+    products = torch.empty(2, blocks, B, H, T, **wide) if dots else None
+    behind = torch.empty(B, H, M, **wide) if final else None
+    between = states = None
+    source = (raw or Side(out)).argument()
+    arguments: dict[str, Any] = {
+        "MAP_X": x.map,
+        "MAP_Y": y.map,
+        "MAP_U": u.map,
+        "SLOPE": slope,
+        "EXTRA": extra,
+        "NORMALIZE": normalize,
+        "REVERSE": reverse,
+        "STRICT": order.strict,
+        "C": tiles.tokens,
+        "K": K,
+        "W": W,
+        "M": M,
+        "BLOCK_K": max(16, triton.next_power_of_2(K)),
+        "BLOCK_W": tiles.width,
+        "DTYPE": DTYPES[dtype],
+        "PRECISION": precision(dtype),
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    sides = (x.argument(), y.argument(), u.argument(), source, added, order.argument())
+    chunks = groups.count * groups.chunks if reverse else triton.cdiv(T, tiles.tokens)
+    sizes = (T, H)
+    if groups.count > 1:
+        between = torch.empty(B, H, groups.count - 1, M, **wide)
+        kept = torch.empty(B, H, groups.count - 1, **wide)
+        nothing = Result(out, None, None, None, None)
+        rest = (groups.count - 1, groups.chunks, chunks, eps, scale)
+        grid = (B * H * (groups.count - 1), blocks)
+        pass_kernel[grid](*sides, None, between, kept, nothing, *sizes, *rest, ROWS=False, **arguments)
+        grid = (B * H, triton.cdiv(M, 1024))
+        carry_kernel[grid](between, kept, initial, groups.count - 1, M, BLOCK=1024)
+        states = between
+    result = Result(out, total, products, factor, behind)
+    rest = (groups.count, groups.chunks, chunks, eps, scale)
+    grid = (B * H * groups.count, blocks)
+    pass_kernel[grid](*sides, initial, states, None, result, *sizes, *rest, ROWS=True, **arguments)
+    return Found(out, total, None if products is None else products.sum(1), behind, states, groups)
