@@ -29,6 +29,8 @@ from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, LocalGlobal, Random, SlidingWindow, Strided
 from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
 from attncompiler.mechanisms.linear_attention.recurrence import kernel as linear
+from attncompiler.mechanisms.mamba2.op import Mamba2Options
+from attncompiler.mechanisms.mamba2.recurrence import kernel as mamba2
 
 
 class NoDevice:
@@ -119,27 +121,36 @@ def call(
     return tensors, AttentionOptions(pattern=pattern, **asked)
 
 
-def linear_rows(few: bool) -> Iterator[dict[str, Any]]:
-    """Linear attention's kernels, forward and backward, plain and with all that a token may count by."""
+def recurrent_rows(mechanism: str, few: bool) -> Iterator[dict[str, Any]]:
+    """The passes of linear attention or Mamba-2, forward and backward, plain and with all that a token may count by."""
+    makes, module = {"linear_attention": (linear_call, linear), "mamba2": (mamba2_call, mamba2)}[mechanism]
     for dtype in (torch.float32, torch.bfloat16) if few else (torch.float32, torch.bfloat16, torch.float16):
         for width in (64,) if few else (64, 128, 256):
             for more in (True,) if few else (False, True):
-                tensors = {name: torch.zeros(1, 2048, 2, width, dtype=dtype) for name in "qkv"}
+                tensors, options = makes(dtype, width, more)
                 if more:
-                    tensors["log_decay"] = torch.zeros(1, 2048, 2)
                     tensors["segment_ids"] = torch.zeros(1, 2048, dtype=torch.int64)
                     tensors["attention_mask"] = torch.ones(1, 2048, dtype=torch.bool)
-                options = LinearAttentionOptions()
                 found: list[Any] = []
                 with compiling(found):
-                    outputs = linear.forward(tensors, options)
-                    linear.backward({"out": outputs["out"]}, tensors, outputs, options)
+                    outputs = module.forward(tensors, options)
+                    module.backward({"out": outputs["out"]}, tensors, outputs, options)
                 for name, made in found:
-                    yield {
-                        **row_of(name, made, dtype, width),
-                        "tokens": 2048,
-                        "options": sorted(tensors.keys() - set("qkv")),
-                    }
+                    yield {**row_of(name, made, dtype, width), "tokens": 2048, "options": sorted(tensors)}
+
+
+def linear_call(dtype: torch.dtype, width: int, more: bool) -> tuple[dict[str, torch.Tensor], Any]:
+    tensors = {name: torch.zeros(1, 2048, 2, width, dtype=dtype) for name in "qkv"}
+    if more:
+        tensors["log_decay"] = torch.zeros(1, 2048, 2)
+    return tensors, LinearAttentionOptions()
+
+
+def mamba2_call(dtype: torch.dtype, width: int, more: bool) -> tuple[dict[str, torch.Tensor], Any]:
+    tensors = {name: torch.zeros(1, 2048, 1, width, dtype=dtype) for name in "bc"}
+    tensors |= {name: torch.zeros(1, 2048, 2, 64, dtype=dtype) for name in ("x", *(["z"] if more else []))}
+    tensors |= {"dt": torch.zeros(1, 2048, 2, dtype=dtype), "a": torch.zeros(2), "d": torch.zeros(2)}
+    return tensors, Mamba2Options(chunk_size=256)
 
 
 def row_of(name: str, made: Any, dtype: torch.dtype, width: int) -> dict[str, Any]:
@@ -160,7 +171,7 @@ def main(capability: int, shared_memory: int, mechanism: str, few: bool) -> None
     triton.runtime.driver.set_active(NoDevice(capability))
     device = Device(shared_memory, 132, divmod(capability, 10))
     kernel.device_of = launch.device_of = lambda _: device
-    rows = linear_rows(few) if mechanism == "linear_attention" else attention_rows(capability)
+    rows = attention_rows(capability) if mechanism == "attention" else recurrent_rows(mechanism, few)
     print(json.dumps(list(rows)))
 
 

@@ -12,13 +12,12 @@ from attncompiler.blocks.recurrence.launch import Found
 def decay_gradient(rows: Found, columns: Found, met: Tensor | None, T: int) -> Tensor:
     """The gradient of each token's decay, (B, T, H): everything that passes it, what is weighed times its gradient.
 
-    `rows` is the pass that found the gradient of x, with its `dots` x·dx, and `columns`, in reverse, that of y with
-    y·dy: each in two parts, across the boundary of a chunk and inside it. Of the pairs inside a chunk those pass a
-    token whose row is it or later, less those whose column is too. What comes from before the chunk passes up to its
-    row, what goes behind it from behind its column on, and the rest passes the whole chunk: that is what passes its
-    first token, less what ends in it. What passes the first token of a group is known without a sum, as the product of
-    the state there and of its gradient (`met` at the first group, None where it is 0), so that no sum of what is added
-    and taken away is longer than a group.
+    `rows` is the pass that found the gradient of x, and `columns`, in reverse, that of y; both with `dots` of what is
+    passing. Pairs inside a chunk were counted there, for the token behind the one at which they stand. What comes from
+    before the chunk, x·dx, passes up to its row; what goes behind it, y·dy, from behind its column on; and the rest
+    passes the whole chunk: that is what passes its first token, less what ends in it. What passes the first token of a
+    group is known without a sum, as the product of the state there and of its gradient (`met` at the first group, None
+    where it is 0), so that no sum of what is added and taken away is longer than a group.
     """
     assert rows.dots is not None
     assert columns.dots is not None
@@ -28,9 +27,9 @@ def decay_gradient(rows: Found, columns: Found, met: Tensor | None, T: int) -> T
     def chunked(x: Tensor) -> Tensor:
         return pad(x, (0, -T % C)).unflatten(-1, (-1, C))
 
-    started, inside_rows = (chunked(x) for x in rows.dots)
-    ended, inside_columns = (chunked(x) for x in columns.dots)
-    local = (started + inside_rows - inside_columns).flip(-1).cumsum(-1).flip(-1) + ended.cumsum(-1) - ended
+    started, between, ended = chunked(rows.dots[0]), chunked(rows.dots[1]), chunked(columns.dots[0])
+    behind = ended.cumsum(-1) + between
+    local = started.flip(-1).cumsum(-1).flip(-1) + pad(behind[..., :-1], (1, 0))
     ends, begins = started.sum(-1), ended.sum(-1)
     n = ends.shape[-1]
     first = torch.zeros(*ends.shape[:2], groups.count, dtype=ends.dtype, device=ends.device)

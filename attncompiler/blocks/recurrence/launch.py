@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attncompiler.blocks.gpu import Device, device_of
-from attncompiler.blocks.recurrence.passes import Added, Operand, Result, carry_kernel, pass_kernel
+from attncompiler.blocks.recurrence.passes import Added, Finish, Operand, Result, carry_kernel, pass_kernel
 from attncompiler.blocks.recurrence.weights import Times
 
 Map = Literal["none", "elu", "relu"]
@@ -105,6 +105,8 @@ class Found:
     groups: Groups
 
 
+LEAST_TOKENS = 16
+"""of a chunk: a product of matrices has at least so many rows"""
 MATRIX_UNITS = (
     Tiles(64, 64, 8, 2),
     Tiles(64, 64, 8, 1),
@@ -120,7 +122,7 @@ VECTOR_UNITS = (Tiles(16, 32, 4, 1), Tiles(16, 16, 8, 1))
 """for fp32, which is multiplied number by number: all factors of a product lie in registers"""
 INTERPRETED = Tiles(32, 32, 4, 1)
 """where there is no GPU"""
-MOST_REGISTERS, MOST_BESIDE_WARPGROUPS = 72, 104
+MOST_REGISTERS, MOST_BESIDE_WARPGROUPS = 70, 84
 """of a thread, for sums and operands: where operands come from registers, and where warpgroups read shared memory"""
 
 
@@ -187,7 +189,10 @@ def run(
     slope: Map = "none",
     raw: Side | None = None,
     factor: Tensor | None = None,
-    dots: bool = False,
+    dots: Literal["none", "passing", "all"] = "none",
+    skip: Tensor | None = None,
+    z: Side | None = None,
+    most_tokens: int | None = None,
     initial: Tensor | None = None,
     final: bool = False,
     out_dtype: torch.dtype | None = None,
@@ -195,8 +200,10 @@ def run(
     """One pass over all tokens: out (B, T, H, W) of x (B, T, H, K), y (…, K) and u (…, W), as the package says.
 
     `extra` is one width more: "total", of u, by numbers 1; or "added", of x and y, by `added`. `raw` (B, T, H, W) is
-    what a feature map was taken of, whose `slope` is multiplied onto out, and whose features `dots` are products with.
-    `factor` (B, T, H), fp32, is multiplied onto out alone.
+    what a feature map was taken of, whose `slope` is multiplied onto out, and whose features `dots` are products with:
+    of out, or of what is needed for the gradient of decays.
+    `skip` (H, W), fp32, times `raw` is added to out, and silu of `z` (B, T, H, W) multiplied onto it; so is `factor`
+    (B, T, H), fp32, and onto nothing else. `most_tokens` bounds a chunk, as far as its tiles can be so small.
     `initial` (B, H, M) is the state that the first token met sees, M being K·W and the width of `extra`'s sums.
     """
     B, T = x.tensor.shape[:2]
@@ -204,15 +211,19 @@ def run(
     M = K * W + {"none": 0, "total": K, "added": W}[extra]
     facts = device_of(device)
     tiles = tiles_for(facts, dtype, K, W)
+    if most_tokens is not None:
+        tiles = replace(tiles, tokens=min(tiles.tokens, max(LEAST_TOKENS, 1 << (most_tokens.bit_length() - 1))))
     blocks = triton.cdiv(W, tiles.width)
     groups = groups_for(facts, B * H * blocks, T, tiles)
     out = torch.empty(B, T, H, W, dtype=out_dtype or dtype, device=device)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
     total = torch.empty(B, T, H, **wide) if extra == "total" else None
-    products = torch.empty(2, blocks, B, H, T, **wide) if dots else None
+    products = torch.empty(2, blocks, B, H, T, **wide) if dots != "none" else None
     behind = torch.empty(B, H, M, **wide) if final else None
     between = states = None
     source = (raw or Side(out)).argument()
+    skip_head, skip_width = (0, 0) if skip is None else skip.stride()
+    finish = Finish(skip, skip_head, skip_width, None if z is None else z.argument())
     arguments: dict[str, Any] = {
         "MAP_X": x.map,
         "MAP_Y": y.map,
@@ -222,6 +233,7 @@ def run(
         "NORMALIZE": normalize,
         "REVERSE": reverse,
         "STRICT": order.strict,
+        "PASSING": dots == "passing",
         "C": tiles.tokens,
         "K": K,
         "W": W,
@@ -233,7 +245,7 @@ def run(
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    sides = (x.argument(), y.argument(), u.argument(), source, added, order.argument())
+    sides = (x.argument(), y.argument(), u.argument(), source, added, order.argument(), finish)
     chunks = groups.count * groups.chunks if reverse else triton.cdiv(T, tiles.tokens)
     sizes = (T, H)
     if groups.count > 1:

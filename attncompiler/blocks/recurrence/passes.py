@@ -31,6 +31,17 @@ class Added(NamedTuple):
     columns: Any
 
 
+class Finish(NamedTuple):
+    """What is done to `out` at last: skip · raw is added, and it is multiplied by silu(z)."""
+
+    skip: Any
+    """(H, W) by strides, fp32; None where there is none"""
+    skip_head: Any
+    skip_width: Any
+    z: Any
+    """an Operand (B, T, H, W); None where there is none"""
+
+
 class Result(NamedTuple):
     """Where what is found goes, each contiguous and None where nobody asks for it."""
 
@@ -39,7 +50,8 @@ class Result(NamedTuple):
     total: Any
     """(B, T, H): Σ_c w x·y, plus eps and as the divisor of `out` where it is normalised"""
     dots: Any
-    """(2, blocks of W, B, H, T): the raw operand's features times what the state, and what the chunk, gives of out"""
+    """(2, blocks of W, B, H, T): the raw operand's features times what the state gives of out; and times what the chunk
+    gives, or, PASSING and not in reverse, the pairs of a chunk that have the token behind them and their row ahead"""
     factor: Any
     """(B, T, H): what a token's numbers are multiplied by in `out`, fp32"""
     final: Any
@@ -132,10 +144,10 @@ SIZES = ("T", "H", "groups", "chunks", "behind", "eps", "scale")
 
 @triton.jit(do_not_specialize=SIZES)
 def pass_kernel(
-    x, y, u, raw, added, times, initial, states, through_of, result, T, H, groups, chunks, behind, eps, scale,
+    x, y, u, raw, added, times, finish, initial, states, through_of, result, T, H, groups, chunks, behind, eps, scale,
     MAP_X: tl.constexpr, MAP_Y: tl.constexpr, MAP_U: tl.constexpr, SLOPE: tl.constexpr, EXTRA: tl.constexpr,
-    NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
-    K: tl.constexpr, W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, PASSING: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program takes one group of chunks of one head, and a block of W.
@@ -192,19 +204,23 @@ def pass_kernel(
             if EXTRA == "total":
                 total = tl.sum(pairs, 1) + enters * tl.sum(row.to(tl.float32) * more[None, :], 1)
             if result.dots is not None:
-                before = found
-                found = tl.dot(pairs.to(DTYPE), summed, input_precision=PRECISION)
                 features = mapped(raw_tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32), SLOPE)
                 inside = real[:, None] & (first + tl.arange(0, BLOCK_W) < W)[None, :]
                 features = tl.where(inside, features, 0.0)
-                blocks = tl.num_programs(1)
-                at = result.dots + ((tl.program_id(1) * (tl.num_programs(0) // groups) + both).to(tl.int64)) * T + t
-                apart = (tl.num_programs(0) // groups).to(tl.int64) * blocks * T
-                tl.store(at, tl.sum(features * before, 1), mask=t < T)
-                tl.store(at + apart, tl.sum(features * found, 1), mask=t < T)
-                found += before
-            else:
-                found = tl.dot(pairs.to(DTYPE), summed, found, input_precision=PRECISION)
+                heads = tl.num_programs(0) // groups
+                at = result.dots + (tl.program_id(1) * heads + both).to(tl.int64) * T + t
+                tl.store(at, tl.sum(features * found, 1), mask=t < T)
+                at += tl.num_programs(1).to(tl.int64) * heads * T
+                if PASSING and not REVERSE:
+                    # summed as they are, and not by row less by column: those two are large where they nearly cancel
+                    products = tl.dot(features.to(DTYPE), tl.trans(summed), input_precision=PRECISION)
+                    i = tl.arange(0, C)
+                    upto = tl.cumsum(pairs * products, 1)
+                    tl.store(at, tl.sum(tl.where(i[:, None] > i[None, :], upto, 0.0), 0), mask=t < T)
+                elif not PASSING:
+                    given = tl.dot(pairs.to(DTYPE), summed, input_precision=PRECISION)
+                    tl.store(at, tl.sum(features * given, 1), mask=t < T)
+            found = tl.dot(pairs.to(DTYPE), summed, found, input_precision=PRECISION)
             if SLOPE == "elu" or SLOPE == "relu":
                 found *= slope(raw_tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32), SLOPE)
             if EXTRA == "total":
@@ -213,10 +229,16 @@ def pass_kernel(
                     found /= total[:, None]
                 if first == 0:
                     tl.store(result.total + (b.to(tl.int64) * T + t) * H + h, total, mask=t < T)
+            w = first + tl.arange(0, BLOCK_W)
+            if finish.skip is not None:
+                skip = tl.load(finish.skip + h * finish.skip_head + w * finish.skip_width, mask=w < W, other=0.0)
+                found += skip[None, :] * raw_tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
+            if finish.z is not None:
+                z = raw_tile(finish.z, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
+                found *= z * tl.sigmoid(z)
             found = tl.where(real[:, None], found * scale, 0.0)
             if result.factor is not None:
                 found *= per_token(result.factor, b, h, t, T, H, real)[:, None]
-            w = first + tl.arange(0, BLOCK_W)
             at = result.out + ((b.to(tl.int64) * T + t) * H + h)[:, None] * W + w[None, :]
             tl.store(at, found.to(result.out.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
 

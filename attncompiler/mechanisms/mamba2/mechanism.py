@@ -8,7 +8,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from attncompiler.mechanisms.base import ANY, Factor, Fault, Kernel, Mechanism, Needs, Policy, Size, Value
+from attncompiler.mechanisms.base import (
+    ANY,
+    AtMost,
+    Factor,
+    Fault,
+    Kernel,
+    Mechanism,
+    Needs,
+    OneOf,
+    Policy,
+    Size,
+    Value,
+)
 
 Limit = Annotated[float, Field(allow_inf_nan=True)]
 Limits = Annotated[tuple[Limit, Limit], Field(strict=False)]
@@ -62,6 +74,7 @@ def features(policy: Mamba2Policy, model: Any) -> Mapping[str, Value]:
         "gate": not policy.rms_norm,
         "groups": policy.n_groups if policy.n_groups > 1 else None,
         "dt_limit": policy.limits != (0.0, math.inf),
+        "width": max(policy.head_dim, policy.state_size),
     }
 
 
@@ -99,11 +112,12 @@ def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
     return CPU if device_type == "cpu" else GPU
 
 
-OFFERED = {
+OFFERED: Mapping[str, OneOf | AtMost | None] = {
     "gate": ANY,
     "groups": ANY,
     "dt_limit": ANY,
     "skip_per_channel": ANY,
+    "width": ANY,
     "segments": ANY,
     "padding": ANY,
     "initial_state": ANY,
@@ -111,6 +125,20 @@ OFFERED = {
 }
 
 KERNELS = (
+    Kernel(
+        name="triton",
+        entry="attncompiler.mechanisms.mamba2.kernels.triton:KERNEL",
+        needs=Needs(
+            features={**OFFERED, "width": AtMost(256)},
+            device_types=("cuda",),
+            dtypes=("float32", "bfloat16", "float16"),
+            vendor="nvidia",
+            min_compute_capability=(8, 0),
+            packages={"triton": "pip install 'attncompiler[gpu]'"},
+            interpreted=("float32", "float16"),
+        ),
+        summary="built-in passes of the recurrence, in chunks and groups of them: memory linear in the length",
+    ),
     Kernel(
         name="chunkwise",
         entry="attncompiler.mechanisms.mamba2.kernels.chunkwise:KERNEL",

@@ -53,6 +53,7 @@ def _features(inputs: Tensors, options: Mamba2Options) -> Mapping[str, Value]:
         "segments": "segment_ids" in inputs,
         "padding": "attention_mask" in inputs,
         "initial_state": "initial_state" in inputs,
+        "width": max(inputs["x"].shape[3], inputs["b"].shape[3]),
     }
 
 
@@ -102,9 +103,9 @@ def ssd(
         h[t] = exp(Δ[t]·A) h[t−1] + Δ[t]·x[t] B[t]ᵀ;  out = (h C + D·x) · silu(z)
 
     Head h reads group h div (H div G) of B and C. `dt_softplus=False` clamps dt + dt_bias itself. `chunk_size` is the
-    most tokens a kernel may take as one chunk; results do not depend on it. `initial_state` (B, H, P, N) is h before
-    the first token, else 0; `return_state` also gives h after the last. A, D, dt_bias and the states are fp32 (fp64
-    for fp64 inputs) whatever the dtype, and both states are differentiable.
+    most tokens a kernel may take as one chunk, or the fewest it can (16 for triton); results do not depend on it.
+    `initial_state` (B, H, P, N) is h before the first token, else 0; `return_state` also gives h after the last. A, D,
+    dt_bias and the states are fp32 (fp64 for fp64 inputs) whatever the dtype, and both states are differentiable.
 
     `segment_ids` (B, T), equal ids being one contiguous run, keep packed documents apart: the initial state belongs
     to the first, the final state is the last one's. `attention_mask` (B, T) is non-zero for real tokens; padding gives

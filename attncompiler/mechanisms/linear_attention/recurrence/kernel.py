@@ -182,7 +182,7 @@ def _gradients(
             added=added,
             slope=call.map,
             raw=Side(raw),
-            dots=decayed,
+            dots="passing" if decayed else "none",
             initial=state,
             final=True,
         )
