@@ -12,7 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from attncompiler.blocks.gpu import Device, device_of
-from attncompiler.blocks.recurrence.passes import Added, Finish, Operand, Result, carry_kernel, pass_kernel
+from attncompiler.blocks.recurrence.passes import (
+    Added,
+    Finish,
+    Operand,
+    Result,
+    carry_kernel,
+    pass_kernel,
+    products_kernel,
+)
 from attncompiler.blocks.recurrence.weights import Times
 
 Map = Literal["none", "elu", "relu"]
@@ -263,3 +271,15 @@ def run(
     grid = (B * H * groups.count, blocks)
     pass_kernel[grid](*sides, initial, states, None, result, *sizes, *rest, ROWS=True, **arguments)
     return Found(out, total, None if products is None else products.sum(1), behind, states, groups)
+
+
+def products(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+    """factor · x·y of each token and head, (B, T, H) in fp32, of x and y (B, T, H, W) and a contiguous fp32 factor."""
+    B, T, H, W = x.shape
+    wide = max(16, triton.next_power_of_2(W))
+    tokens = max(1, 4096 // wide)
+    out = torch.empty(B, T, H, dtype=torch.float32, device=x.device)
+    products_kernel[(triton.cdiv(T, tokens) * B * H,)](
+        Side(x).argument(), Side(y).argument(), factor, out, T, H, C=tokens, W=W, BLOCK_W=wide
+    )
+    return out

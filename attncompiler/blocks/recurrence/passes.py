@@ -273,3 +273,17 @@ def carry_kernel(states, through_of, initial, groups, M, BLOCK: tl.constexpr):
         at = states + (both.to(tl.int64) * groups + group) * M + m
         state = state * tl.load(through_of + both * groups + group) + tl.load(at, mask=m < M, other=0.0)
         tl.store(at, state, mask=m < M)
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def products_kernel(x, y, factor, out, T, H, C: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr):
+    """out (B, T, H) = factor · x·y of each token and head, x and y being Operands (B, T, H, W)."""
+    tiles = tl.cdiv(T, C)  # on one axis with the heads: a second has 65535 programs at most
+    both = tl.program_id(0) // tiles
+    b, h = both // H, both % H
+    t = tl.program_id(0) % tiles * C + tl.arange(0, C)
+    there = t < T
+    left = raw_tile(x, b, h, t, 0, there, W, BLOCK_W).to(tl.float32)
+    right = raw_tile(y, b, h, t, 0, there, W, BLOCK_W).to(tl.float32)
+    found = tl.sum(left * right, 1) * per_token(factor, b, h, t, T, H, there)
+    tl.store(out + (b.to(tl.int64) * T + t) * H + h, found, mask=there)

@@ -13,6 +13,7 @@ from attncompiler.blocks.recurrence.launch import (
     Map,
     Order,
     Side,
+    products,
     run,
 )
 from attncompiler.blocks.recurrence.passes import Added
@@ -134,7 +135,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: LinearA
     normalizer = outputs["normalizer"].contiguous()
     share = options.scale / normalizer
     if options.normalize:
-        dz = -torch.linalg.vecdot(dout.float(), outputs["out"].float()) / normalizer
+        dz = products(dout, outputs["out"], -1 / normalizer)
     else:
         dz = torch.zeros_like(share)
     real = call.order.real

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attncompiler.blocks.recurrence.decays import decay_gradient
-from attncompiler.blocks.recurrence.launch import Found, Order, Side, run
+from attncompiler.blocks.recurrence.launch import Found, Order, Side, products, run
 from attncompiler.blocks.segments import run_numbers
 from attncompiler.mechanisms.mamba2.op import Mamba2Options
 from attncompiler.runtime.implementation import Tensors
@@ -164,8 +164,10 @@ def _ungated(call: Call, dout: Tensor, found: dict[str, Tensor]) -> Tensor:
         dout = dout * (z * sigmoid)
     if "d" in inputs:
         x = inputs["x"] if call.real is None else inputs["x"].masked_fill(~call.real[..., None, None], 0)
-        each = (dout.float() * x.float()).sum((0, 1))
-        found["d"] = each if inputs["d"].dim() == 2 else each.sum(-1)
+        if inputs["d"].dim() == 2:
+            found["d"] = (dout.float() * x.float()).sum((0, 1))
+        else:
+            found["d"] = products(dout, x, torch.ones_like(call.delta)).sum((0, 1))
     return dout.to(call.x.dtype)
 
 
