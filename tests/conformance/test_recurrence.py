@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from attncompiler import ops
 from attncompiler.blocks.gpu import Device
 from attncompiler.blocks.recurrence import launch
 from attncompiler.blocks.recurrence.launch import Groups, Order, Side, Tiles, groups_for, run, tiles_for
@@ -76,3 +77,58 @@ def test_groups_hold_every_chunk_once(programs: int, T: int, multiprocessors: in
     groups = groups_for(Device(2**17, multiprocessors, (9, 0)), programs, T, Tiles(64, 64, 8, 2))
     chunks = -(-T // 64)
     assert (groups.count - 1) * groups.chunks < chunks <= groups.count * groups.chunks
+
+
+def call(device: str, T: int = 96) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    found = {name: torch.randn(1, T, 2, 40, generator=generator).to(device) for name in "qkv"}
+    found["log_decay"] = -torch.rand(1, T, 2, generator=generator).to(device) / 4
+    return found
+
+
+def test_a_document_of_large_gradients_leaves_no_trace_in_the_next(device: str) -> None:
+    """Nothing passes its end, so that not even a rounding of its sums may: as where a loss is masked."""
+    inputs = call(device)
+    inputs["log_decay"].requires_grad_()
+    segments = (torch.arange(96, device=device) >= 40).long()[None]
+    q, k, v, log_decay = inputs.values()
+    out = ops.linear_attention(q, k, v, log_decay=log_decay, segment_ids=segments, kernel="triton")
+    assert isinstance(out, torch.Tensor)
+    grad = torch.where(segments == 0, 1e6, 0.0)[..., None, None].expand_as(out)
+    [found] = torch.autograd.grad(out, log_decay, grad)
+    assert float(found[:, :40].abs().max()) > 1
+    assert float(found[:, 40:].abs().max()) == 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("where", ["a document before", "a token ahead"])
+def test_what_is_not_seen_need_not_be_finite(device: str, where: str) -> None:
+    inputs = call(device)
+    huge = inputs["v"].clone()
+    token = 5 if where == "a document before" else 90
+    huge[:, token] = 3e38
+    inputs["k"][:, token] = 100.0
+    segments = (torch.arange(96, device=device) >= 40).long()[None]
+    outs = []
+    for v in (inputs["v"], huge):
+        outs.append(
+            ops.linear_attention(
+                inputs["q"], inputs["k"], v, log_decay=inputs["log_decay"], feature_map="identity", normalize=False,
+                segment_ids=segments, kernel="triton",
+            )
+        )  # fmt: skip
+    kept = slice(40, None) if where == "a document before" else slice(40, 90)
+    assert torch.equal(outs[0][:, kept], outs[1][:, kept])
+    assert bool(outs[1][:, kept].isfinite().all())
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "relu"])
+@pytest.mark.parametrize("name", ["q", "k", "log_decay"])
+def test_nan_is_not_swallowed(device: str, feature_map: str, name: str) -> None:
+    """A GPU's minimum and maximum give the number that is none."""
+    inputs = call(device)
+    inputs[name][:, 50] = float("nan")
+    q, k, v, log_decay = inputs.values()
+    out = ops.linear_attention(q, k, v, log_decay=log_decay, feature_map=feature_map, kernel="triton")
+    assert bool(out[:, 50].isnan().any())
+    assert bool(out[:, :32].isfinite().all())

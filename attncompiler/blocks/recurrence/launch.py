@@ -99,7 +99,7 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a pass found: `total` where one width more was asked of u, `dots` (2, B, H, T) where they were asked.
+    """What a pass found: `total` where one width more was asked of u, `dots` (2 or 1, B, H, T) where they were asked.
 
     `final` (B, H, M) is the state behind the last token, flat, with its sums of one width more behind it, and `states`
     (B, H, groups − 1, M) those between the groups, in the order in which they were met.
@@ -115,22 +115,17 @@ class Found:
 
 LEAST_TOKENS = 16
 """of a chunk: a product of matrices has at least so many rows"""
-MATRIX_UNITS = (
-    Tiles(64, 64, 8, 2),
-    Tiles(64, 64, 8, 1),
-    Tiles(64, 32, 8, 1),
-    Tiles(32, 64, 8, 2),
-    Tiles(32, 32, 8, 1),
-    Tiles(16, 16, 4, 1),
-)
-"""for bf16, best first"""
+WARPGROUPS = (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))
+"""for bf16 on Hopper, whose products read shared memory, best first"""
+WARPS = (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))
+"""for bf16 elsewhere: operands lie in registers"""
 TF32 = (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))
 """for fp16, whose operands take fp32's room"""
 VECTOR_UNITS = (Tiles(16, 32, 4, 1), Tiles(16, 16, 8, 1))
 """for fp32, which is multiplied number by number: all factors of a product lie in registers"""
-INTERPRETED = Tiles(32, 32, 4, 1)
+INTERPRETED = Tiles(32, 16, 4, 1)
 """where there is no GPU"""
-MOST_REGISTERS, MOST_BESIDE_WARPGROUPS = 70, 84
+MOST_REGISTERS, MOST_BESIDE_WARPGROUPS = 55, 84
 """of a thread, for sums and operands: where operands come from registers, and where warpgroups read shared memory"""
 
 
@@ -142,12 +137,13 @@ def tiles_for(device: Device, dtype: torch.dtype, K: int, W: int) -> Tiles:
     if dtype == torch.float32:
         found = VECTOR_UNITS[wide > 64]
         return replace(found, width=min(found.width, widest))
-    shapes, itemsize = (MATRIX_UNITS, 2) if dtype == torch.bfloat16 else (TF32, 4)
+    hopper = device.capability[0] == 9
+    shapes, itemsize = (WARPGROUPS if hopper else WARPS, 2) if dtype == torch.bfloat16 else (TF32, 4)
     for shape in shapes:
         tiles = replace(shape, width=min(shape.width, widest))
-        groups = device.capability[0] == 9 and tiles.tokens >= 64
+        most = MOST_BESIDE_WARPGROUPS if hopper and tiles.tokens >= 64 else MOST_REGISTERS
         fits = tiles.shared_memory(wide, itemsize) <= device.shared_memory
-        if fits and tiles.registers(wide, itemsize) <= (MOST_BESIDE_WARPGROUPS if groups else MOST_REGISTERS):
+        if fits and tiles.registers(wide, itemsize) <= most:
             break
     return tiles
 
@@ -157,13 +153,18 @@ MOST_CHUNKS, FEWEST_CHUNKS, WAVES = 64, 8, 3
 two groups is written and read; and programs for each multiprocessor that are enough."""
 
 
-def groups_for(device: Device, programs: int, T: int, tiles: Tiles) -> Groups:
-    """How a sequence is cut for `programs` heads and blocks of W."""
+PASSING_TOKENS, MOST_PASSING = 32, 8
+"""Where the gradient of decays is found: tokens of a chunk, whose pairs are in registers three times, and chunks of a
+group, behind whose first what passes is a running sum, with the error of the largest number in it"""
+
+
+def groups_for(device: Device, programs: int, T: int, tiles: Tiles, most: int = MOST_CHUNKS) -> Groups:
+    """How a sequence is cut for `programs` heads and blocks of W, into groups of at most so many chunks."""
     chunks = triton.cdiv(T, tiles.tokens)
     if device.interpreted:  # short sequences have several groups too
         return Groups(triton.cdiv(chunks, 2), 2, tiles.tokens)
     wanted = max(1, math.ceil(WAVES * device.multiprocessors / programs))
-    each = min(chunks, MOST_CHUNKS, max(FEWEST_CHUNKS, triton.cdiv(chunks, wanted)))
+    each = min(chunks, most, max(FEWEST_CHUNKS, triton.cdiv(chunks, wanted)))
     return Groups(triton.cdiv(chunks, each), each, tiles.tokens)
 
 
@@ -219,14 +220,17 @@ def run(
     M = K * W + {"none": 0, "total": K, "added": W}[extra]
     facts = device_of(device)
     tiles = tiles_for(facts, dtype, K, W)
+    if dots == "passing":
+        most_tokens = min(most_tokens or PASSING_TOKENS, PASSING_TOKENS)
     if most_tokens is not None:
         tiles = replace(tiles, tokens=min(tiles.tokens, max(LEAST_TOKENS, 1 << (most_tokens.bit_length() - 1))))
     blocks = triton.cdiv(W, tiles.width)
-    groups = groups_for(facts, B * H * blocks, T, tiles)
+    groups = groups_for(facts, B * H * blocks, T, tiles, MOST_PASSING if dots == "passing" else MOST_CHUNKS)
     out = torch.empty(B, T, H, W, dtype=out_dtype or dtype, device=device)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
     total = torch.empty(B, T, H, **wide) if extra == "total" else None
-    products = torch.empty(2, blocks, B, H, T, **wide) if dots != "none" else None
+    parts = 1 if dots == "passing" and reverse else 2
+    products = torch.empty(parts, blocks, B, H, T, **wide) if dots != "none" else None
     behind = torch.empty(B, H, M, **wide) if final else None
     between = states = None
     source = (raw or Side(out)).argument()
@@ -261,15 +265,16 @@ def run(
         kept = torch.empty(B, H, groups.count - 1, **wide)
         nothing = Result(out, None, None, None, None)
         rest = (groups.count - 1, groups.chunks, chunks, eps, scale)
-        grid = (B * H * (groups.count - 1), blocks)
-        pass_kernel[grid](*sides, None, between, kept, nothing, *sizes, *rest, ROWS=False, **arguments)
-        grid = (B * H, triton.cdiv(M, 1024))
-        carry_kernel[grid](between, kept, initial, groups.count - 1, M, BLOCK=1024)
+        pass_kernel[(B * H * (groups.count - 1) * blocks,)](
+            *sides, None, between, kept, nothing, *sizes, *rest, ROWS=False, **arguments
+        )
+        carry_kernel[(B * H, triton.cdiv(M, 1024))](between, kept, initial, groups.count - 1, M, BLOCK=1024)
         states = between
     result = Result(out, total, products, factor, behind)
     rest = (groups.count, groups.chunks, chunks, eps, scale)
-    grid = (B * H * groups.count, blocks)
-    pass_kernel[grid](*sides, initial, states, None, result, *sizes, *rest, ROWS=True, **arguments)
+    pass_kernel[(B * H * groups.count * blocks,)](
+        *sides, initial, states, None, result, *sizes, *rest, ROWS=True, **arguments
+    )
     return Found(out, total, None if products is None else products.sum(1), behind, states, groups)
 
 

@@ -62,9 +62,9 @@ class Result(NamedTuple):
 def mapped(x, MAP: tl.constexpr):
     """φ(x)."""
     if MAP == "elu":
-        x = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+        x = tl.where(x > 0, x + 1, tl.exp(tl.where(x > 0, 0.0, x)))  # a GPU's minimum and maximum swallow NaN
     elif MAP == "relu":
-        x = tl.maximum(x, 0.0)
+        x = tl.where(x < 0, 0.0, x)
     return x
 
 
@@ -72,10 +72,16 @@ def mapped(x, MAP: tl.constexpr):
 def slope(x, MAP: tl.constexpr):
     """φ'(x)."""
     if MAP == "elu":
-        s = tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+        s = tl.where(x > 0, 1.0, tl.exp(tl.where(x > 0, 0.0, x)))
     else:
         s = tl.where(x > 0, 1.0, 0.0)
     return s
+
+
+@triton.jit
+def weighted(x, weight):
+    """x times a weight, and 0 where that is 0: what is not seen is not finite somewhere."""
+    return tl.where(weight == 0, 0.0, x * weight)
 
 
 @triton.jit
@@ -158,9 +164,12 @@ def pass_kernel(
     group, to the first. EXTRA is one width more: of u, whose numbers are 1 and whose
     sums are `total`; or of x and y, `added`.
     """
-    step, both = tl.program_id(0) % groups, tl.program_id(0) // groups
+    # programs that read the same x and y are beside each other
+    BLOCKS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    block, place = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    step, both = place % groups, place // groups
     b, h = both // H, both % H
-    first = tl.program_id(1) * BLOCK_W
+    first = block * BLOCK_W
     WEIGHTED: tl.constexpr = (times.decay is not None) or (times.runs is not None)
 
     state = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
@@ -198,25 +207,24 @@ def pass_kernel(
                     one = per_token(added.rows, b, h, t, T, H, real)
                 pairs += one[:, None] * count[None, :]
                 found += one[:, None] * more[None, :]
-            pairs *= weights
+            pairs = weighted(pairs, weights)
             if WEIGHTED:
-                found *= enters[:, None]
+                found = weighted(found, enters[:, None])
             if EXTRA == "total":
-                total = tl.sum(pairs, 1) + enters * tl.sum(row.to(tl.float32) * more[None, :], 1)
+                total = tl.sum(pairs, 1) + weighted(tl.sum(row.to(tl.float32) * more[None, :], 1), enters)
             if result.dots is not None:
                 features = mapped(raw_tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32), SLOPE)
                 inside = real[:, None] & (first + tl.arange(0, BLOCK_W) < W)[None, :]
                 features = tl.where(inside, features, 0.0)
-                heads = tl.num_programs(0) // groups
-                at = result.dots + (tl.program_id(1) * heads + both).to(tl.int64) * T + t
+                heads = tl.num_programs(0) // (groups * BLOCKS)
+                at = result.dots + (block * heads + both).to(tl.int64) * T + t
                 tl.store(at, tl.sum(features * found, 1), mask=t < T)
-                at += tl.num_programs(1).to(tl.int64) * heads * T
+                at += heads.to(tl.int64) * BLOCKS * T
                 if PASSING and not REVERSE:
                     # summed as they are, and not by row less by column: those two are large where they nearly cancel
                     products = tl.dot(features.to(DTYPE), tl.trans(summed), input_precision=PRECISION)
-                    i = tl.arange(0, C)
                     upto = tl.cumsum(pairs * products, 1)
-                    tl.store(at, tl.sum(tl.where(i[:, None] > i[None, :], upto, 0.0), 0), mask=t < T)
+                    tl.store(at, tl.sum(tl.where(t[:, None] > t[None, :], upto, 0.0), 0), mask=t < T)
                 elif not PASSING:
                     given = tl.dot(pairs.to(DTYPE), summed, input_precision=PRECISION)
                     tl.store(at, tl.sum(features * given, 1), mask=t < T)
@@ -244,8 +252,7 @@ def pass_kernel(
 
         if WEIGHTED:
             column = (column.to(tl.float32) * leaves[:, None]).to(DTYPE)
-            state *= through
-            more *= through
+            state, more = weighted(state, through), weighted(more, through)
             kept *= through
         state = tl.dot(tl.trans(column), summed, state, input_precision=PRECISION)
         if EXTRA == "total":
@@ -271,7 +278,8 @@ def carry_kernel(states, through_of, initial, groups, M, BLOCK: tl.constexpr):
         state = tl.load(initial + both.to(tl.int64) * M + m, mask=m < M, other=0.0)
     for group in range(groups):
         at = states + (both.to(tl.int64) * groups + group) * M + m
-        state = state * tl.load(through_of + both * groups + group) + tl.load(at, mask=m < M, other=0.0)
+        kept = weighted(state, tl.load(through_of + both * groups + group))
+        state = kept + tl.load(at, mask=m < M, other=0.0)
         tl.store(at, state, mask=m < M)
 
 

@@ -45,7 +45,7 @@ def decays(times, b, h, t, real):
     """Sums of a chunk's decays up to and with each token, and of all, each as a whole number and a remainder."""
     at = times.decay + b.to(tl.int64) * times.decay_batch + h.to(tl.int64) * times.decay_head
     each = tl.load(at + t.to(tl.int64) * times.decay_token, mask=real, other=0.0).to(tl.float64) * LOG2E
-    each = tl.maximum(each, LEAST)
+    each = tl.where(each < LEAST, LEAST, each)  # a maximum would swallow NaN
     upto = tl.cumsum(each, 0)
     every = tl.sum(each, 0)
     whole, whole_of_all = tl.floor(upto + 0.5), tl.floor(every + 0.5)

@@ -203,7 +203,7 @@ def _gradients(
     }
     if decayed:
         met = None if start is None else (start * dk.final).sum(-1)
-        log_decay = decay_gradient(dq, dk, met, call.T)
+        log_decay = decay_gradient(dq, dk, met, call.T, call.order.runs)
         real = call.order.real
         found["log_decay"] = log_decay if real is None else log_decay.masked_fill(~real[..., None], 0)
     return found

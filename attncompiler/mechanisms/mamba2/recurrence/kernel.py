@@ -88,7 +88,8 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Mamba2O
     """The gradient of every differentiable input that is present."""
     call = Call(inputs, options)
     found: dict[str, Tensor] = {}
-    dy = _ungated(call, grads.get("out", torch.zeros_like(call.x)), found)
+    dout = grads["out"] if "out" in grads else torch.zeros_like(call.x)
+    dy = _ungated(call, dout, found)
     end, start = grads.get("final_state"), inputs.get("initial_state")
     most, rows = options.chunk_size, Side(dy)
     b, c = call.shared(call.b), call.shared(call.c)
@@ -116,7 +117,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Mamba2O
     found["b"] = _over_heads(call, db.out)
     assert db.final is not None
     met = None if start is None else torch.linalg.vecdot(start.flatten(2), db.final)
-    log_decay = call.masked(decay_gradient(dc, db, met, call.T))
+    log_decay = call.masked(decay_gradient(dc, db, met, call.T, call.order.runs))
     if start is not None:
         found["initial_state"] = db.final.view(call.B, call.H, call.P, call.N)
     du = run(
