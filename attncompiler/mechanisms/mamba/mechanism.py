@@ -8,7 +8,19 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from attncompiler.mechanisms.base import ANY, Factor, Fault, Kernel, Mechanism, Needs, Policy, Size, Value
+from attncompiler.mechanisms.base import (
+    ANY,
+    AtMost,
+    Factor,
+    Fault,
+    Kernel,
+    Mechanism,
+    Needs,
+    OneOf,
+    Policy,
+    Size,
+    Value,
+)
 
 
 class MambaPolicy(Policy):
@@ -46,7 +58,7 @@ class MambaPolicy(Policy):
 
 def features(policy: MambaPolicy, model: Any) -> Mapping[str, Value]:
     """What a layer of this policy asks of every kernel; the operator adds what a call's inputs ask."""
-    return {"gate": True}
+    return {"gate": True, "width": policy.state_size}
 
 
 def relations(policy: MambaPolicy, model: Any) -> Iterator[Fault]:
@@ -65,8 +77,9 @@ def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
     return CPU if device_type == "cpu" else GPU
 
 
-OFFERED = {
+OFFERED: Mapping[str, OneOf | AtMost | None] = {
     "gate": ANY,
+    "width": ANY,
     "groups": ANY,
     "segments": ANY,
     "padding": ANY,
@@ -75,6 +88,20 @@ OFFERED = {
 }
 
 KERNELS = (
+    Kernel(
+        name="triton",
+        entry="attncompiler.mechanisms.mamba.kernels.triton:KERNEL",
+        needs=Needs(
+            features={**OFFERED, "width": AtMost(256)},
+            device_types=("cuda",),
+            dtypes=("float32", "bfloat16", "float16"),
+            vendor="nvidia",
+            min_compute_capability=(8, 0),
+            packages={"triton": "pip install 'attncompiler[gpu]'"},
+            interpreted=("float32", "float16"),
+        ),
+        summary="the built-in scan, its states in registers, in groups of tokens beside each other; memory linear in T",
+    ),
     Kernel(
         name="chunkwise",
         entry="attncompiler.mechanisms.mamba.kernels.chunkwise:KERNEL",

@@ -45,6 +45,7 @@ def _features(inputs: Tensors, options: MambaOptions) -> Mapping[str, Value]:
     return {
         "gate": "z" in inputs,
         "groups": groups if groups > 1 else None,
+        "width": inputs["a"].shape[1],
         "segments": "segment_ids" in inputs,
         "padding": "attention_mask" in inputs,
         "initial_state": "initial_state" in inputs,

@@ -1,0 +1,261 @@
+"""Forward and backward: layouts of a warp, groups of tokens, buffers and launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attncompiler.blocks.gpu import Device, device_of
+from attncompiler.blocks.segments import run_numbers
+from attncompiler.mechanisms.mamba.op import MambaOptions
+from attncompiler.mechanisms.mamba.recurrence.passes import carry_kernel, read_kernel, sweep_kernel
+from attncompiler.mechanisms.mamba.recurrence.reverse import Around, Grads, backward_kernel
+from attncompiler.mechanisms.mamba.recurrence.tokens import Rows, Scan, Shared
+from attncompiler.runtime.implementation import Tensors
+
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the numbers of a block's channels lie among a warp's threads, as `tokens.py` has it."""
+
+    NO: int
+    NI: int
+    CT: int
+    LN: int
+    LC: int
+
+    @property
+    def channels(self) -> int:
+        """Of a block."""
+        return self.CT * self.LC
+
+    @property
+    def held(self) -> int:
+        """Numbers of a block, padding among them."""
+        return self.NO * self.NI * self.CT * self.LN * self.LC
+
+    def arguments(self) -> dict[str, int]:
+        return {"NO": self.NO, "NI": self.NI, "CT": self.CT, "LN": self.LN, "LC": self.LC}
+
+
+WARP = 32
+MOST_NUMBERS = 64
+"""Of a thread's state in the forward: as many of A lie beside them."""
+ALONG, ACROSS = 8, 4
+"""Numbers of B and C that a thread loads at once, in the forward and in the backward"""
+
+
+def forward_layout(device: Device, N: int) -> Layout:
+    """A thread has a channel, or as much of it as it has room for: nothing passes between threads."""
+    wide = triton.next_power_of_2(N)
+    NI = min(ALONG, wide)
+    LN = max(1, wide // MOST_NUMBERS)
+    return Layout(wide // (NI * LN), NI, 1, LN, 4 if device.interpreted else WARP // LN)
+
+
+def backward_layout(device: Device, N: int) -> Layout:
+    """Sums over channels too: four channels and four numbers of each for a thread.
+
+    All lie in registers five times over, ROWS tokens' states and decays apart. The two sums take 2 and 3 steps between
+    threads for a quarter of the numbers, where a thread that has a channel would need 5 for each.
+    """
+    wide = triton.next_power_of_2(N)
+    NI = min(ACROSS, wide)
+    LN = max(1, min(WARP, wide // NI))
+    return Layout(wide // (NI * LN), NI, min(4, LN), LN, 2 if device.interpreted else WARP // LN)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """A sequence cut into groups of so many tokens, whole chunks each."""
+
+    count: int
+    tokens: int
+    chunk: int
+
+    @property
+    def chunks(self) -> int:
+        """Of a group."""
+        return self.tokens // self.chunk
+
+
+ROWS, BACKWARD_ROWS = 4, 4
+"""Tokens whose numbers are loaded together"""
+ENOUGH, WANTED = 7, 16
+"""Warps for each multiprocessor: so many need no groups, which cost a sweep; fewer are made so many by groups"""
+RESIDENT = 8
+"""Warps that a multiprocessor has room for in the backward, which are all: each has memory for a chunk's states"""
+CHUNK = 64
+"""Tokens of a chunk: each state before one is N·4 bytes of each channel in memory, and each ROWS tokens of one so much
+in a program's own"""
+MANY = 8
+"""Blocks whose shares of the gradients of B and C a program adds: 8·N bytes a token are written for so many"""
+LEAST = 64
+"""tokens of a group"""
+
+
+def forward_groups(device: Device, blocks: int, T: int) -> Groups:
+    """How a sequence is cut for `blocks` programs of channels."""
+    if device.interpreted:  # short sequences have several groups too
+        return _cut(T, 12, 2)
+    if blocks >= ENOUGH * device.multiprocessors:
+        return _cut(T, T, ROWS)
+    return _cut(T, max(LEAST, T * blocks // (WANTED * device.multiprocessors)), ROWS)
+
+
+def backward_groups(device: Device, slots: int, T: int) -> Groups:
+    """How it is cut where `slots` programs take all channels: into as many groups as make all programs resident."""
+    if device.interpreted:
+        return _cut(T, 16, 8)
+    return _cut(T, triton.cdiv(T, max(1, RESIDENT * device.multiprocessors // slots)), CHUNK)
+
+
+def _cut(T: int, tokens: int, chunk: int) -> Groups:
+    tokens = triton.cdiv(min(tokens, T), chunk) * chunk
+    return Groups(triton.cdiv(T, tokens), tokens, chunk)
+
+
+class Call:
+    """A call's tensors as the kernels take them."""
+
+    def __init__(self, inputs: Tensors, options: MambaOptions):
+        self.inputs = inputs
+        u, a = inputs["u"], inputs["a"]
+        self.B, self.T, self.E = u.shape
+        self.G, self.N = inputs["b"].shape[2:]
+        self.device = device_of(u.device)
+        self.rows = 2 if self.device.interpreted else ROWS
+        real = inputs.get("attention_mask")
+        runs = run_numbers(inputs.get("segment_ids"), real)
+        self.scan = Scan(
+            rows(u),
+            rows(inputs["dt"]),
+            rows(inputs["z"]) if "z" in inputs else None,
+            shared(inputs["b"]),
+            shared(inputs["c"]),
+            (a * LOG2E).contiguous(),
+            self.whole("d"),
+            self.whole("dt_bias"),
+            None if runs is None else runs.to(torch.int32).contiguous(),
+            None if real is None else real.contiguous().view(torch.uint8),
+        )
+        self.constants: dict[str, Any] = {"SOFTPLUS": options.dt_softplus, "N": self.N, "num_warps": 1}
+
+    def whole(self, name: str) -> Tensor | None:
+        tensor = self.inputs.get(name)
+        return None if tensor is None else tensor.contiguous()
+
+    def blocks(self, layout: Layout) -> int:
+        """Of one sequence: no block has channels of two groups."""
+        return self.G * triton.cdiv(self.E // self.G, layout.channels)
+
+    def wide(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.inputs["u"].device)
+
+    def sweep(self, groups: Groups, count: int, layout: Layout, dout: Tensor | None, **found: Tensor | None) -> None:
+        """What the first `count` groups do to states, into the buffers of `found`."""
+        named = [found.get(name) for name in ("added", "lengths", "back", "inner", "upto")]
+        sweep_kernel[(self.B * self.blocks(layout) * count,)](
+            self.scan, None if dout is None else rows(dout), *named,
+            self.T, self.E, self.G, count, groups.tokens, groups.chunk, 1,
+            ROWS=self.rows, **self.constants, **layout.arguments(),
+        )  # fmt: skip
+
+    def carry(
+        self, states: Tensor, lengths: Tensor, initial: Tensor | None, groups: Groups, count: int, *, reverse: bool
+    ) -> None:
+        """Turn what groups add into the states behind them, or in reverse before them."""
+        carry_kernel[(self.B, triton.cdiv(self.E * self.N, CARRIED))](
+            self.scan, states, lengths, initial, self.T, self.E, count, groups.tokens,
+            N=self.N, REVERSE=reverse, BLOCK=CARRIED, num_warps=1,
+        )  # fmt: skip
+
+
+CARRIED = 64
+"""numbers of state that a program of one warp carries"""
+
+
+def rows(tensor: Tensor) -> Rows:
+    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return Rows(tensor, *tensor.stride()[:2])
+
+
+def shared(tensor: Tensor) -> Shared:
+    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return Shared(tensor, *tensor.stride()[:3])
+
+
+def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
+    """out (B, T, E) in u's dtype and final_state (B, E, N) in fp32."""
+    call = Call(inputs, options)
+    B, T, E, N = call.B, call.T, call.E, call.N
+    layout = forward_layout(call.device, N)
+    groups = forward_groups(call.device, B * call.blocks(layout), T)
+    initial = call.whole("initial_state")
+    out = torch.empty_like(inputs["u"], memory_format=torch.contiguous_format)
+    final, states = call.wide(B, E, N), None
+    if groups.count > 1:
+        states, lengths = call.wide(B, groups.count - 1, E, N), call.wide(B, groups.count - 1, E)
+        call.sweep(groups, groups.count - 1, layout, None, added=states, lengths=lengths)
+        call.carry(states, lengths, initial, groups, groups.count - 1, reverse=False)
+    read_kernel[(B * call.blocks(layout) * groups.count,)](
+        call.scan, initial, states, out, final, T, E, call.G, groups.count, groups.tokens, 1,
+        ROWS=call.rows, **call.constants, **layout.arguments(),
+    )  # fmt: skip
+    return {"out": out, "final_state": final}
+
+
+def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
+    """The gradient of every differentiable input that is present."""
+    call = Call(inputs, options)
+    B, T, E, G, N = call.B, call.T, call.E, call.G, call.N
+    dout = grads["out"] if "out" in grads else torch.zeros_like(inputs["u"])
+    final = grads["final_state"].contiguous() if "final_state" in grads else None
+    initial = call.whole("initial_state")
+    layout = backward_layout(call.device, N)
+    many = 2 if call.device.interpreted else MANY
+    slots = triton.cdiv(call.blocks(layout) // G, many)
+    groups = backward_groups(call.device, B * G * slots, T)
+    count = groups.count
+
+    inner, upto = call.wide(B, count * groups.chunks, E, N), call.wide(B, count * groups.chunks, E)
+    states = back = lengths = None
+    if count > 1:
+        states, back, lengths = call.wide(B, count, E, N), call.wide(B, count, E, N), call.wide(B, count, E)
+    ahead = forward_layout(call.device, N)
+    call.sweep(groups, count, ahead, dout, added=states, lengths=lengths, back=back, inner=inner, upto=upto)
+    if states is not None and back is not None and lengths is not None:
+        call.carry(states, lengths, initial, groups, count, reverse=False)
+        call.carry(back, lengths, final, groups, count, reverse=True)
+
+    like: Mapping[str, Any] = {"memory_format": torch.contiguous_format}
+    found = {name: torch.empty_like(inputs[name], **like) for name in ("u", "dt", "z") if name in inputs}
+    parts = {name: call.wide(slots, B, T, G, N) for name in ("b", "c")}
+    sums = {"a": call.wide(B, count, E, N)}
+    sums |= {name: call.wide(B, count, E) for name in ("d", "dt_bias") if name in inputs}
+    if initial is not None:
+        found["initial_state"] = torch.empty_like(initial)
+    take = BACKWARD_ROWS if not call.device.interpreted else call.rows
+    scratch = call.wide(B * G * slots * count, groups.chunk // take, layout.held)
+    backward_kernel[(B * G * slots * count,)](
+        call.scan,
+        rows(dout),
+        Around(initial, states, inner, upto, final, back),
+        Grads(
+            found["u"], found["dt"], found.get("z"), parts["b"], parts["c"],
+            sums["a"], sums.get("d"), sums.get("dt_bias"), found.get("initial_state"),
+        ),
+        scratch, B, T, E, G, count, groups.tokens, groups.chunk, many, 1,
+        ROWS=take, **call.constants, **layout.arguments(),
+    )  # fmt: skip
+    found |= {name: part.sum(0).to(inputs[name].dtype) for name, part in parts.items()}
+    found |= {name: each.sum((0, 1)) for name, each in sums.items()}
+    return found
