@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from attncompiler.blocks.gpu import Device, device_of
@@ -48,12 +49,12 @@ class Layout:
 
 WARP = 32
 MOST_NUMBERS = 64
-"""Of a thread's state in the forward: as many of A lie beside them."""
+"""Of a thread's state where nothing but states is summed up: as many of A lie beside them"""
 ALONG, ACROSS = 8, 4
-"""Numbers of B and C that a thread loads at once, in the forward and in the backward"""
+"""Numbers of B and C that a thread loads at once, where it has a whole channel and where it has a part"""
 
 
-def forward_layout(device: Device, N: int) -> Layout:
+def whole_channels(device: Device, N: int) -> Layout:
     """A thread has a channel, or as much of it as it has room for: nothing passes between threads."""
     wide = triton.next_power_of_2(N)
     NI = min(ALONG, wide)
@@ -61,11 +62,12 @@ def forward_layout(device: Device, N: int) -> Layout:
     return Layout(wide // (NI * LN), NI, 1, LN, 4 if device.interpreted else WARP // LN)
 
 
-def backward_layout(device: Device, N: int) -> Layout:
-    """Sums over channels too: four channels and four numbers of each for a thread.
+def parts_of_channels(device: Device, N: int) -> Layout:
+    """Four numbers of four channels for a thread: B and C are less to load and to unpack, and of the backward's sums
+    over channels the first two steps are in a thread.
 
-    All lie in registers five times over, ROWS tokens' states and decays apart. The two sums take 2 and 3 steps between
-    threads for a quarter of the numbers, where a thread that has a channel would need 5 for each.
+    Of sixteen numbers, the sums take 2 steps between threads for each of a channel's, and 3 for each of B's and C's,
+    8 channels and 8 numbers for a token and 32 threads; where a thread has a channel it is 5 for 32 of B's and C's.
     """
     wide = triton.next_power_of_2(N)
     NI = min(ACROSS, wide)
@@ -80,15 +82,11 @@ class Groups:
     count: int
     tokens: int
     chunk: int
-
-    @property
-    def chunks(self) -> int:
-        """Of a group."""
-        return self.tokens // self.chunk
+    """tokens of one"""
 
 
-ROWS, BACKWARD_ROWS = 4, 4
-"""Tokens whose numbers are loaded together"""
+ROWS = 4
+"""Tokens whose numbers are loaded together; of the backward, whose states are in registers together"""
 ENOUGH, WANTED = 7, 16
 """Warps for each multiprocessor: so many need no groups, which cost a sweep; fewer are made so many by groups"""
 RESIDENT = 8
@@ -132,7 +130,7 @@ class Call:
         self.B, self.T, self.E = u.shape
         self.G, self.N = inputs["b"].shape[2:]
         self.device = device_of(u.device)
-        self.rows = 2 if self.device.interpreted else ROWS
+        self.take = 2 if self.device.interpreted else ROWS
         real = inputs.get("attention_mask")
         runs = run_numbers(inputs.get("segment_ids"), real)
         self.scan = Scan(
@@ -147,7 +145,8 @@ class Call:
             None if runs is None else runs.to(torch.int32).contiguous(),
             None if real is None else real.contiguous().view(torch.uint8),
         )
-        self.constants: dict[str, Any] = {"SOFTPLUS": options.dt_softplus, "N": self.N, "num_warps": 1}
+        sizes = {"E": self.E, "G": self.G, "N": self.N}
+        self.constants: dict[str, Any] = {"SOFTPLUS": options.dt_softplus, "ROWS": self.take, **sizes, "num_warps": 1}
 
     def whole(self, name: str) -> Tensor | None:
         tensor = self.inputs.get(name)
@@ -165,8 +164,7 @@ class Call:
         named = [found.get(name) for name in ("added", "lengths", "back", "inner", "upto")]
         sweep_kernel[(self.B * self.blocks(layout) * count,)](
             self.scan, None if dout is None else rows(dout), *named,
-            self.T, self.E, self.G, count, groups.tokens, groups.chunk, 1,
-            ROWS=self.rows, **self.constants, **layout.arguments(),
+            self.T, count, groups.tokens, groups.chunk, 1, **self.constants, **layout.arguments(),
         )  # fmt: skip
 
     def carry(
@@ -174,8 +172,8 @@ class Call:
     ) -> None:
         """Turn what groups add into the states behind them, or in reverse before them."""
         carry_kernel[(self.B, triton.cdiv(self.E * self.N, CARRIED))](
-            self.scan, states, lengths, initial, self.T, self.E, count, groups.tokens,
-            N=self.N, REVERSE=reverse, BLOCK=CARRIED, num_warps=1,
+            self.scan, states, lengths, initial, self.T, count, groups.tokens,
+            E=self.E, N=self.N, REVERSE=reverse, BLOCK=CARRIED, num_warps=1,
         )  # fmt: skip
 
 
@@ -185,19 +183,20 @@ CARRIED = 64
 
 def rows(tensor: Tensor) -> Rows:
     tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-    return Rows(tensor, *tensor.stride()[:2])
+    return Rows(tensor, tensor.stride(0), tl.constexpr(tensor.stride(1)))
 
 
 def shared(tensor: Tensor) -> Shared:
     tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-    return Shared(tensor, *tensor.stride()[:3])
+    batch, token, group, _ = tensor.stride()
+    return Shared(tensor, batch, tl.constexpr(token), group)
 
 
 def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
     """out (B, T, E) in u's dtype and final_state (B, E, N) in fp32."""
     call = Call(inputs, options)
     B, T, E, N = call.B, call.T, call.E, call.N
-    layout = forward_layout(call.device, N)
+    layout = whole_channels(call.device, N)
     groups = forward_groups(call.device, B * call.blocks(layout), T)
     initial = call.whole("initial_state")
     out = torch.empty_like(inputs["u"], memory_format=torch.contiguous_format)
@@ -207,8 +206,8 @@ def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
         call.sweep(groups, groups.count - 1, layout, None, added=states, lengths=lengths)
         call.carry(states, lengths, initial, groups, groups.count - 1, reverse=False)
     read_kernel[(B * call.blocks(layout) * groups.count,)](
-        call.scan, initial, states, out, final, T, E, call.G, groups.count, groups.tokens, 1,
-        ROWS=call.rows, **call.constants, **layout.arguments(),
+        call.scan, initial, states, out, final, T, groups.count, groups.tokens, 1,
+        **call.constants, **layout.arguments(),
     )  # fmt: skip
     return {"out": out, "final_state": final}
 
@@ -220,18 +219,19 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     dout = grads["out"] if "out" in grads else torch.zeros_like(inputs["u"])
     final = grads["final_state"].contiguous() if "final_state" in grads else None
     initial = call.whole("initial_state")
-    layout = backward_layout(call.device, N)
+    layout = parts_of_channels(call.device, N)
     many = 2 if call.device.interpreted else MANY
     slots = triton.cdiv(call.blocks(layout) // G, many)
     groups = backward_groups(call.device, B * G * slots, T)
     count = groups.count
 
-    inner, upto = call.wide(B, count * groups.chunks, E, N), call.wide(B, count * groups.chunks, E)
+    chunks = groups.tokens // groups.chunk
+    inner, upto = call.wide(B, count * (chunks - 1), E, N), call.wide(B, count * (chunks - 1), E)
     states = back = lengths = None
     if count > 1:
         states, back, lengths = call.wide(B, count, E, N), call.wide(B, count, E, N), call.wide(B, count, E)
-    ahead = forward_layout(call.device, N)
-    call.sweep(groups, count, ahead, dout, added=states, lengths=lengths, back=back, inner=inner, upto=upto)
+    if count > 1 or chunks > 1:
+        call.sweep(groups, count, layout, dout, added=states, lengths=lengths, back=back, inner=inner, upto=upto)
     if states is not None and back is not None and lengths is not None:
         call.carry(states, lengths, initial, groups, count, reverse=False)
         call.carry(back, lengths, final, groups, count, reverse=True)
@@ -239,13 +239,13 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     like: Mapping[str, Any] = {"memory_format": torch.contiguous_format}
     found = {name: torch.empty_like(inputs[name], **like) for name in ("u", "dt", "z") if name in inputs}
     parts = {name: call.wide(slots, B, T, G, N) for name in ("b", "c")}
-    sums = {"a": call.wide(B, count, E, N)}
+    sums = {"a": call.wide(B, count, E, N) if back is None else back}
     sums |= {name: call.wide(B, count, E) for name in ("d", "dt_bias") if name in inputs}
     if initial is not None:
         found["initial_state"] = torch.empty_like(initial)
-    take = BACKWARD_ROWS if not call.device.interpreted else call.rows
-    scratch = call.wide(B * G * slots * count, groups.chunk // take, layout.held)
-    backward_kernel[(B * G * slots * count,)](
+    programs = B * G * slots * count
+    scratch = call.wide(programs, groups.chunk // call.take, layout.held)
+    backward_kernel[(programs,)](
         call.scan,
         rows(dout),
         Around(initial, states, inner, upto, final, back),
@@ -253,8 +253,8 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
             found["u"], found["dt"], found.get("z"), parts["b"], parts["c"],
             sums["a"], sums.get("d"), sums.get("dt_bias"), found.get("initial_state"),
         ),
-        scratch, B, T, E, G, count, groups.tokens, groups.chunk, many, 1,
-        ROWS=take, **call.constants, **layout.arguments(),
+        scratch, B, T, count, groups.tokens, groups.chunk, many, 1, 0.0,
+        **call.constants, **layout.arguments(),
     )  # fmt: skip
     found |= {name: part.sum(0).to(inputs[name].dtype) for name, part in parts.items()}
     found |= {name: each.sum((0, 1)) for name, each in sums.items()}

@@ -12,20 +12,24 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attncompiler.mechanisms.mamba.recurrence.passes import of_channels
 from attncompiler.mechanisms.mamba.recurrence.tokens import (
     LN2,
     channels,
-    is_real,
-    numbers,
+    numbers_of_states,
+    of_channels,
+    of_rows,
+    of_shared,
     over_channels,
     over_states,
-    per_channel,
-    per_state,
-    raw_step,
+    put,
+    row,
     run_of,
-    softplus,
+    sigmoid,
     spread,
+    spread_one,
+    stepped,
+    tokens,
+    which_real,
 )
 
 
@@ -40,7 +44,8 @@ class Grads(NamedTuple):
     """(slots, B, T, G, N) fp32, as is c: of each program's own channels"""
     c: Any
     a: Any
-    """(B, groups, E, N) fp32: of each group's tokens"""
+    """(B, groups, E, N) fp32: of each group's tokens, at the group behind. It may be what `back` of Around is, which no
+    other program reads there."""
     d: Any
     """(B, groups, E) fp32, as is bias"""
     bias: Any
@@ -56,9 +61,9 @@ class Around(NamedTuple):
     states: Any
     """(B, groups, E, N), the state behind each group"""
     inner: Any
-    """(B, groups · chunks, E, N), what a group's own tokens add before each chunk"""
+    """(B, groups · (chunks − 1), E, N), what a group's own tokens add before each chunk but the first"""
     upto: Any
-    """(B, groups · chunks, E), the sum of the time steps of a group's tokens before each chunk"""
+    """(B, groups · (chunks − 1), E), the sum of the time steps of a group's tokens before each of them"""
     final: Any
     """(B, E, N), the gradient of the state behind the last token"""
     back: Any
@@ -66,77 +71,72 @@ class Around(NamedTuple):
 
 
 @triton.jit
-def settled(x, CT: tl.constexpr, LN: tl.constexpr):
-    """`over_states` with a channel for a thread, and not all of them for each thread that had a part of them."""
-    if CT == LN and CT > 1:
-        whole = tl.sum(tl.sum(x, 0), 0)
-        whole = tl.sum(whole, 1)[:, None, :] + tl.zeros([1, LN, 1], tl.float32)
-        own = tl.arange(0, CT)[:, None, None] == tl.arange(0, LN)[None, :, None]
-        return tl.sum(tl.where(own, whole, 0.0), 0)
-    else:
-        return over_states(x)
+def put_shares(x, one, r, ROWS: tl.constexpr):
+    """A tile [ROWS, NO, NI, LN] with `one` as its token r."""
+    return tl.where(tl.arange(0, ROWS)[:, None, None, None] == r, one[None], x)
 
 
-@triton.jit(do_not_specialize=["B", "T", "E", "G", "groups", "tokens", "chunk", "many", "unit"])
+@triton.jit(do_not_specialize=["B", "T", "groups", "length", "chunk", "many", "unit", "nothing"])
 def backward_kernel(
-    scan, dout, around, grads, scratch, B, T, E, G, groups, tokens, chunk, many, unit,
-    SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
+    scan, dout, around, grads, scratch, B, T, groups, length, chunk, many, unit, nothing,
+    SOFTPLUS: tl.constexpr, ROWS: tl.constexpr,
+    E: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     NO: tl.constexpr, NI: tl.constexpr, CT: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
 ):  # fmt: skip
     """A program takes `many` blocks of channels, one after the other, whose shares of the gradients of B and C it adds.
 
     `scratch` (programs, chunk / ROWS, NO·NI·CT·LN·LC) fp32 holds a program's states.
     """
-    width = E // G
-    blocks = (width + CT * LC - 1) // (CT * LC)
+    width: tl.constexpr = E // G
+    blocks: tl.constexpr = (width + CT * LC - 1) // (CT * LC)
     slots = (blocks + many - 1) // many
     slot, rest = tl.program_id(0) % slots, tl.program_id(0) // slots
     group, rest = rest % G, rest // G
     step, b = rest % groups, (rest // groups).to(tl.int64)
-    size = E.to(tl.int64) * N
-    start = step * tokens
-    stop = tl.minimum(start + tokens, T)
-    n = numbers(unit, NO, NI, LN)
-    n_row = tl.arange(0, NO)[:, None, None] * (LN * NI) + tl.arange(0, LN)[None, None, :] * NI
-    n_row += tl.arange(0, NI)[None, :, None]
+    start = step * length
+    stop = tl.minimum(start + length, T)
+    n = numbers_of_states(unit, NO, NI, LN)
+    HELD: tl.constexpr = NO * NI * CT * LN * LC
+    # a thread's own numbers, NI of them side by side
     own = tl.arange(0, NO)[:, None, None, None, None] * CT + tl.arange(0, CT)[None, None, :, None, None]
     own = own * LN + tl.arange(0, LN)[None, None, None, :, None]
     own = own * LC + tl.arange(0, LC)[None, None, None, None, :]
     own = own * NI + tl.arange(0, NI)[None, :, None, None, None]
-    HELD: tl.constexpr = NO * NI * CT * LN * LC
-    own = scratch + (tl.program_id(0).to(tl.int64) * (chunk // ROWS)) * HELD + own
+    own = scratch + tl.program_id(0).to(tl.int64) * (chunk // ROWS * HELD) + own
+    shares = tl.arange(0, NO)[:, None, None] * (LN * NI) + tl.arange(0, LN)[None, None, :] * NI
+    shares = (shares + tl.arange(0, NI)[None, :, None])[None]
 
     for block in range(slot * many, tl.minimum((slot + 1) * many, blocks)):
         e = channels(group * width + block * (CT * LC), unit, CT, LC)
         inside = e < (group + 1) * width
-        kept = (n < N) & spread(inside)
-        at = spread(e.to(tl.int64) * N) + n
+        kept = (n < N) & spread_one(inside)
+        at = spread_one(e.to(tl.int64) * N) + n
         a = tl.load(scan.a + at, mask=kept, other=0.0)
         bias, skip = of_channels(scan.bias, e, inside), of_channels(scan.d, e, inside)
         onward = tl.zeros([NO, NI, CT, LN, LC], tl.float32)
         da = onward
         d_skip, d_bias = tl.zeros([CT, LC], tl.float32), tl.zeros([CT, LC], tl.float32)
         if (around.back is not None) and step < groups - 1:
-            onward = tl.load(around.back + (b * groups + step + 1) * size + at, mask=kept, other=0.0)
+            onward = tl.load(around.back + (b * groups + step + 1) * (E * N) + at, mask=kept, other=0.0)
         elif around.final is not None:
             if step == groups - 1:
-                onward = tl.load(around.final + b * size + at, mask=kept, other=0.0)
+                onward = tl.load(around.final + b * (E * N) + at, mask=kept, other=0.0)
 
         chunks = (stop - start + chunk - 1) // chunk
         for i in range(chunks):
             number = chunks - 1 - i
             begin = start + number * chunk
             pieces = (tl.minimum(begin + chunk, stop) - begin + ROWS - 1) // ROWS
-            place = b * (groups * (tokens // chunk)) + step * (tokens // chunk) + number
-            state = tl.load(around.inner + place * size + at, mask=kept, other=0.0)
-            length = tl.load(around.upto + place * E + e, mask=inside, other=0.0)
+            place = (b * groups + step) * (length // chunk - 1) + number - 1
+            state = tl.load(around.inner + place * (E * N) + at, mask=kept & (number > 0), other=0.0)
             if (around.initial is not None) or (around.states is not None):
                 entered = tl.zeros([NO, NI, CT, LN, LC], tl.float32)
                 if (around.states is not None) and step > 0:
-                    entered = tl.load(around.states + (b * groups + step - 1) * size + at, mask=kept, other=0.0)
+                    entered = tl.load(around.states + (b * groups + step - 1) * (E * N) + at, mask=kept, other=0.0)
                 elif around.initial is not None:
-                    entered = tl.load(around.initial + b * size + at, mask=kept, other=0.0)
-                entered *= tl.exp2(spread(length) * a)
+                    entered = tl.load(around.initial + b * (E * N) + at, mask=kept, other=0.0)
+                upto = tl.load(around.upto + place * E + e, mask=inside & (number > 0), other=0.0)
+                entered *= tl.exp2(spread_one(upto) * a)
                 if scan.runs is not None:
                     same = run_of(scan, b, start - 1, T) == run_of(scan, b, begin - 1, T)
                     entered = tl.where(same, entered, 0.0)
@@ -144,101 +144,99 @@ def backward_kernel(
 
             tl.store(own, state)
             for piece in range(1, pieces):
+                t0 = begin + (piece - 1) * ROWS
+                real = which_real(scan, b, tokens(t0, ROWS), T)
+                u, delta, _ = stepped(scan, bias, b, t0, e, inside[None] & real, SOFTPLUS, ROWS)
+                write = of_shared(scan.b, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+                steps, written = spread(delta, LN), spread(delta * u, LN)
                 for r in tl.static_range(ROWS):
-                    t = begin + (piece - 1) * ROWS + r
-                    real = is_real(scan, b, t, T)
-                    there = inside & real
-                    delta = raw_step(scan, bias, b, t, e, there)
-                    u = per_channel(scan.u, b, t, e, there)
-                    write = per_state(scan.b, b, t, group, real, N, NO, NI, LN, LC)
-                    if SOFTPLUS:
-                        delta, _ = softplus(delta)
-                    delta = tl.where(there, delta, 0.0)
                     if scan.runs is not None:
-                        state = tl.where(run_of(scan, b, t, T) == run_of(scan, b, t - 1, T), state, 0.0)
-                    state = tl.exp2(spread(delta) * a) * state + spread(delta * u) * write
+                        state = tl.where(run_of(scan, b, t0 + r, T) == run_of(scan, b, t0 + r - 1, T), state, 0.0)
+                    state = tl.exp2(row(steps, r, ROWS) * a) * state + row(written, r, ROWS) * row(write, r, ROWS)
                 tl.store(own + piece * HELD, state)
             tl.debug_barrier()
 
             for j in range(pieces):
                 piece = pieces - 1 - j
                 t0 = begin + piece * ROWS
+                t = tokens(t0, ROWS)
+                real = which_real(scan, b, t, T)
+                there = inside[None] & real
+                u, delta, slope = stepped(scan, bias, b, t0, e, there, SOFTPLUS, ROWS)
+                write = of_shared(scan.b, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+                read = of_shared(scan.c, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+                d_out = of_rows(dout, b, t0, e, there, ROWS)
+                dy = d_out
+                if scan.z is not None:
+                    z = of_rows(scan.z, b, t0, e, there, ROWS)
+                    gate = sigmoid(z)
+                    dy *= z * gate
+                steps, written, dys = spread(delta, LN), spread(delta * u, LN), spread(dy, LN)
                 state = tl.load(own + piece * HELD)
-                us, steps, slopes, writes, decays = (), (), (), (), ()
-                befores, states = (), ()
+                before, behind = (), ()
                 for r in tl.static_range(ROWS):
-                    t = t0 + r
-                    real = is_real(scan, b, t, T)
-                    there = inside & real
-                    raw = raw_step(scan, bias, b, t, e, there)
-                    u = per_channel(scan.u, b, t, e, there)
-                    write = per_state(scan.b, b, t, group, real, N, NO, NI, LN, LC)
-                    delta = raw
-                    slope = tl.where(there, 1.0, 0.0)
-                    if SOFTPLUS:
-                        delta, small = softplus(raw)
-                        slope = tl.where(raw > 0, slope, small * slope) / (1 + small)
-                    delta = tl.where(there, delta, 0.0)
                     if scan.runs is not None:
-                        state = tl.where(run_of(scan, b, t, T) == run_of(scan, b, t - 1, T), state, 0.0)
-                    decay = tl.exp2(spread(delta) * a)
-                    befores = befores + (state,)
-                    state = decay * state + spread(delta * u) * write
-                    us, steps, slopes = us + (u,), steps + (delta,), slopes + (slope,)
-                    writes, decays, states = writes + (write,), decays + (decay,), states + (state,)
+                        state = tl.where(run_of(scan, b, t0 + r, T) == run_of(scan, b, t0 + r - 1, T), state, 0.0)
+                    decay = tl.exp2(row(steps, r, ROWS) * a)
+                    before = before + (state,)
+                    state = decay * state + row(written, r, ROWS) * row(write, r, ROWS)
+                    behind = behind + (state,)
 
-                dus, dts, dzs, dbs, dcs = (), (), (), (), ()
+                y, d_written = tl.zeros([ROWS, CT, LC], tl.float32), tl.zeros([ROWS, CT, LC], tl.float32)
+                d_step = tl.zeros([ROWS, CT, LC], tl.float32)
+                db, dc = tl.zeros([ROWS, NO, NI, LN], tl.float32), tl.zeros([ROWS, NO, NI, LN], tl.float32)
                 for r in tl.static_range(ROWS - 1, -1, -1):
-                    t = t0 + r
-                    real = is_real(scan, b, t, T)
-                    there = inside & real
-                    read = per_state(scan.c, b, t, group, real, N, NO, NI, LN, LC)
-                    dy = per_channel(dout, b, t, e, there)
+                    dy_r, delta_r, read_r = row(dys, r, ROWS), row(steps, r, ROWS), row(read, r, ROWS)
                     if scan.z is not None:
-                        z = per_channel(scan.z, b, t, e, there)
-                        gate = tl.sigmoid(z)
-                        y = settled(states[r] * read, CT, LN)
-                        if scan.d is not None:
-                            y += skip * us[r]
-                        dzs = dzs + (tl.where(there, dy * y * (gate * (1 + z * (1 - gate))), 0.0),)
-                        dy *= z * gate
-                    onward += spread(dy) * read
-                    dcs = dcs + (tl.where(real, over_channels(spread(dy) * states[r]), 0.0),)
-                    dbs = dbs + (tl.where(real, over_channels(spread(steps[r] * us[r]) * onward), 0.0),)
-                    d_written = settled(onward * writes[r], CT, LN)
-                    onward *= decays[r]
+                        y = put(y, over_states(behind[r] * read_r, CT, LN), r, ROWS)
+                    onward += dy_r * read_r
+                    dc = put_shares(dc, over_channels(dy_r * behind[r]), r, ROWS)
+                    db = put_shares(db, over_channels(row(written, r, ROWS) * onward), r, ROWS)
+                    d_written = put(d_written, over_states(onward * row(write, r, ROWS), CT, LN), r, ROWS)
+                    # made again: to keep all tokens' decays there are no registers
+                    onward *= tl.exp2(delta_r * a + nothing)
                     if scan.runs is not None:
-                        onward = tl.where(run_of(scan, b, t, T) == run_of(scan, b, t - 1, T), onward, 0.0)
-                    d_exponent = onward * befores[r]
-                    da += d_exponent * spread(steps[r])
-                    d_raw = (settled(d_exponent * a, CT, LN) * LN2 + d_written * us[r]) * slopes[r]
-                    d_raw = tl.where(there, d_raw, 0.0)
-                    d_bias += d_raw
-                    d_skip += dy * us[r]
-                    dts = dts + (d_raw,)
-                    dus = dus + (tl.where(there, d_written * steps[r] + dy * skip, 0.0),)
+                        same = run_of(scan, b, t0 + r, T) == run_of(scan, b, t0 + r - 1, T)
+                        onward = tl.where(same, onward, 0.0)
+                    d_exponent = onward * before[r]
+                    da += d_exponent * delta_r
+                    d_step = put(d_step, over_states(d_exponent * a, CT, LN), r, ROWS)
 
-                for r in tl.static_range(ROWS - 1, -1, -1):
-                    t = t0 + r
-                    row = (b * T + t) * E
-                    written = inside & (t < T)
-                    tl.store(grads.u + row + e, dus[ROWS - 1 - r].to(grads.u.dtype.element_ty), mask=written)
-                    tl.store(grads.dt + row + e, dts[ROWS - 1 - r].to(grads.dt.dtype.element_ty), mask=written)
-                    if scan.z is not None:
-                        tl.store(grads.z + row + e, dzs[ROWS - 1 - r].to(grads.z.dtype.element_ty), mask=written)
-                    of = (((slot * B + b) * T + t) * G + group) * N + n_row
-                    written = (n_row < N) & (t < T)
-                    more = written & (block > slot * many)
-                    tl.store(grads.b + of, tl.load(grads.b + of, mask=more, other=0.0) + dbs[ROWS - 1 - r], mask=written)
-                    tl.store(grads.c + of, tl.load(grads.c + of, mask=more, other=0.0) + dcs[ROWS - 1 - r], mask=written)
+                d_raw = tl.where(there, (d_step * LN2 + d_written * u) * slope, 0.0)
+                d_u = d_written * delta
+                d_bias += tl.sum(d_raw, 0)
+                if scan.d is not None:
+                    d_u += dy * skip[None]
+                    d_skip += tl.sum(dy * u, 0)
+                if scan.z is not None:
+                    if scan.d is not None:
+                        y += skip[None] * u
+                    d_z = tl.where(there, d_out * y * (gate * (1 + z * (1 - gate))), 0.0)
+                at_out = (b * T + t0) * E + e[None] + tokens(0, ROWS) * E
+                mask = inside[None] & (t < T)
+                tl.store(grads.u + at_out, tl.where(there, d_u, 0.0).to(grads.u.dtype.element_ty), mask=mask)
+                tl.store(grads.dt + at_out, d_raw.to(grads.dt.dtype.element_ty), mask=mask)
+                if scan.z is not None:
+                    tl.store(grads.z + at_out, d_z.to(grads.z.dtype.element_ty), mask=mask)
+                t = t[:, :, :, None]
+                at_share = (((slot * B + b) * T + t0 + tl.arange(0, ROWS)[:, None, None, None]) * G + group) * N + shares
+                mask = (shares < N) & (t < T)
+                more = mask & (block > slot * many)
+                db += tl.load(grads.b + at_share, mask=more, other=0.0)
+                dc += tl.load(grads.c + at_share, mask=more, other=0.0)
+                if scan.real is not None:
+                    real = which_real(scan, b, t, T)
+                    db, dc = tl.where(real, db, 0.0), tl.where(real, dc, 0.0)
+                tl.store(grads.b + at_share, db, mask=mask)
+                tl.store(grads.c + at_share, dc, mask=mask)
             tl.debug_barrier()
 
         of_group = b * groups + step
-        tl.store(grads.a + of_group * size + at, da, mask=kept)
+        tl.store(grads.a + (b * groups + (step + 1) % groups) * (E * N) + at, da, mask=kept)
         if grads.d is not None:
             tl.store(grads.d + of_group * E + e, d_skip, mask=inside)
         if grads.bias is not None:
             tl.store(grads.bias + of_group * E + e, d_bias, mask=inside)
         if grads.initial is not None:
             if step == 0:
-                tl.store(grads.initial + b * size + at, onward, mask=kept)
+                tl.store(grads.initial + b * (E * N) + at, onward, mask=kept)

@@ -1,10 +1,13 @@
-"""What one token is to the scan, in Triton: where its numbers lie among a warp's threads, its time step and its step.
+"""What tokens are to the scan, in Triton: where their numbers lie among a warp's threads, and their time steps.
 
-A program is one warp and has a block of CT·LC channels with their N numbers of state, padded to NT·LN. LN threads share
-a channel: a thread holds NT numbers of CT channels, so the sum over a channel's numbers is NT in the thread and log LN
-steps between threads, that over the block's channels CT and log LC steps, and B and C are NT numbers of a thread. States
-are [NT, CT, LN, LC]: by Triton's own rule the last two axes are the warp's 32 threads. What a token has once for each
-channel is [CT, LC], a channel for a thread.
+A program is one warp and has a block of CT·LC channels with their N numbers of state, padded to NO·NI·LN. LN threads
+share a channel: a thread holds NO·NI numbers of CT channels, so that the sum over a channel's numbers takes log LN steps
+between threads, and that over the block's channels log LC. States are [NO, NI, CT, LN, LC]: by Triton's own rule the
+last two axes are the warp's 32 threads, and the others a thread's registers.
+
+ROWS tokens are loaded together. Tiles of what they have once for each channel are [ROWS, CT, LC]: a channel for a
+thread, where there are CT threads to a channel. From a tile whose first axis lies in registers `row` takes a token's
+part without an instruction.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Rows(NamedTuple):
-    """A tensor (B, T, …) of which each token's numbers lie side by side."""
+    """A tensor (B, T, E) with a token's numbers side by side. `token`, a constant, makes addresses of constants."""
 
     ptr: Any
     batch: Any
@@ -27,7 +30,7 @@ class Rows(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """B or C (B, T, G, N), with each group's numbers side by side."""
+    """B or C (B, T, G, N), with each group's numbers side by side; `token` as of Rows."""
 
     ptr: Any
     batch: Any
@@ -61,7 +64,7 @@ def softplus(x):
     """log(1 + exp x), and exp(−|x|).
 
     log(1 + e) is e times a polynomial, for e from 0 to 1 within 1.5e-7 of itself however small e is: fitted by
-    Lawson's iteration. The logarithm of a GPU is as near only to numbers that are not near 1.
+    Lawson's iteration. A GPU's own logarithm is no nearer than that to the logarithm of numbers near 1.
     """
     e = tl.exp2(tl.abs(x) * (-LOG2E))
     p = 0.005232687910573227
@@ -77,11 +80,23 @@ def softplus(x):
 
 
 @triton.jit
-def is_real(scan, b, t, T):
-    """Whether token t is there, and no padding."""
+def sigmoid(x):
+    """1 / (1 + exp(−x)), by a power of 2, which flushes to 0 what `tl.sigmoid` takes four instructions more for."""
+    return 1 / (1 + tl.exp2(x * (-LOG2E)))
+
+
+@triton.jit
+def tokens(t0, ROWS: tl.constexpr):
+    """The tile's tokens, [ROWS, 1, 1]."""
+    return t0 + tl.arange(0, ROWS)[:, None, None]
+
+
+@triton.jit
+def which_real(scan, b, t, T):
+    """Which of the tokens t there are, and are no padding."""
     there = t < T
     if scan.real is not None:
-        there = tl.load(scan.real + b.to(tl.int64) * T + t, mask=there, other=0) != 0
+        there &= tl.load(scan.real + b.to(tl.int64) * T + t, mask=there, other=0) != 0
     return there
 
 
@@ -103,45 +118,95 @@ def channels(first, unit, CT: tl.constexpr, LC: tl.constexpr):
 
 
 @triton.jit
-def numbers(unit, NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr):
+def numbers(NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr):
     """Which of a channel's numbers lie where, [NO, NI, 1, LN, 1]."""
     n = tl.arange(0, NO)[:, None, None] * (LN * NI) + tl.arange(0, LN)[None, None, :] * NI
-    n += tl.arange(0, NI)[None, :, None] * unit
+    n += tl.arange(0, NI)[None, :, None]
     return n[:, :, None, :, None]
 
 
 @triton.jit
-def per_channel(rows, b, t, e, there):
-    """A token's numbers [CT, LC] in fp32; 0 where there are none."""
-    at = rows.ptr + (b.to(tl.int64) * rows.batch + t.to(tl.int64) * rows.token)
-    return tl.load(at + e, mask=there, other=0.0).to(tl.float32)
+def numbers_of_states(unit, NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr):
+    """The same, where states are loaded: a thread loads four numbers at once, and by `unit` no more are offered."""
+    n = tl.arange(0, NO)[:, None, None] * (LN * NI) + tl.arange(0, LN)[None, None, :] * NI
+    n += tl.arange(0, NI)[None, :, None] * (unit if NI > 4 else 1)
+    return n[:, :, None, :, None]
 
 
 @triton.jit
-def per_state(
-    shared, b, t, group, there,
-    N: tl.constexpr, NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
+def of_channels(ptr, e, inside):
+    """Parameters (E) of the block's channels; 0 where there are none."""
+    found = tl.zeros(e.shape, tl.float32)
+    if ptr is not None:
+        found = tl.load(ptr + e, mask=inside, other=0.0)
+    return found
+
+
+@triton.jit
+def widened(x):
+    """In fp32. bf16 by its bits, one instruction for each: the conversion has two for every second of a pair."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def of_rows(rows, b, t0, e, there, ROWS: tl.constexpr):
+    """A tile of tokens' numbers [ROWS, CT, LC] in fp32; 0 where there are none."""
+    at = rows.ptr + (b.to(tl.int64) * rows.batch + t0.to(tl.int64) * rows.token) + e[None]
+    return widened(tl.load(at + tokens(0, ROWS) * rows.token, mask=there, other=0.0))
+
+
+@triton.jit
+def of_shared(
+    shared, b, t0, group, real, ROWS: tl.constexpr, N: tl.constexpr,
+    NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
 ):  # fmt: skip
-    """A token's numbers of B or C, [NO, NI, 1, LN, LC] in fp32; 0 where there are none."""
-    at = shared.ptr + (b.to(tl.int64) * shared.batch + t.to(tl.int64) * shared.token + group * shared.group)
-    # each thread reads what it needs, NI numbers at once: all threads together need the same few
-    n = numbers(1, NO, NI, LN) + tl.zeros([1, 1, 1, 1, LC], tl.int32)
-    return tl.load(at + n, mask=there & (n < N), other=0.0).to(tl.float32)
+    """Tokens' numbers of B or C [ROWS, NO, NI, 1, LN, LC] in fp32; 0 where `real` [ROWS, 1, 1] is not."""
+    at = shared.ptr + (b.to(tl.int64) * shared.batch + t0.to(tl.int64) * shared.token + group * shared.group)
+    # each thread loads what it needs, NI numbers at once: all threads together need the same few
+    n = numbers(NO, NI, LN) + tl.zeros([1, 1, 1, 1, LC], tl.int32)
+    mask = real[:, :, :, None, None, None] & (n < N)[None]
+    at = (at + n[None]) + tokens(0, ROWS)[:, :, :, None, None, None] * shared.token
+    return widened(tl.load(at, mask=mask, other=0.0))
 
 
 @triton.jit
-def raw_step(scan, bias, b, t, e, there):
-    """dt + dt_bias [CT, LC]."""
-    raw = per_channel(scan.dt, b, t, e, there)
-    if scan.bias is not None:
-        raw += bias
-    return raw
+def row(x, r, ROWS: tl.constexpr):
+    """Token r of [ROWS, …, 5 axes more]. As whole numbers: to add 0 to a number is no instruction only there."""
+    bits = x.to(tl.int32, bitcast=True)
+    own = tl.arange(0, ROWS)[:, None, None, None, None, None] == r
+    return tl.sum(tl.where(own, bits, 0), 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def over_states(x):
+def spread(x, LN: tl.constexpr):
+    """A tile [ROWS, CT, LC] to all threads that share its channels: [ROWS, 1, 1, CT, LN, LC]."""
+    return tl.broadcast_to(x[:, None, None, :, None, :], [x.shape[0], 1, 1, x.shape[1], LN, x.shape[2]])
+
+
+@triton.jit
+def spread_one(x):
+    """[CT, LC] as [1, 1, CT, 1, LC]."""
+    return x[None, None, :, None, :]
+
+
+@triton.jit
+def put(x, one, r, ROWS: tl.constexpr):
+    """A tile [ROWS, …] with `one` as its token r."""
+    return tl.where(tl.arange(0, ROWS)[:, None, None] == r, one[None], x)
+
+
+@triton.jit
+def over_states(x, CT: tl.constexpr, LN: tl.constexpr):
     """The sum of [NO, NI, CT, LN, LC] over each channel's numbers, [CT, LC]."""
-    return tl.sum(tl.sum(tl.sum(x, 0), 0), 1)
+    whole = tl.sum(tl.sum(tl.sum(x, 0), 0), 1)
+    if CT == LN and CT > 1:
+        # each of the threads that share channels takes one of them on
+        mine = tl.arange(0, CT)[:, None, None] == tl.arange(0, LN)[None, :, None]
+        whole = tl.sum(tl.where(mine, whole[:, None, :], 0.0), 0)
+    return whole
 
 
 @triton.jit
@@ -151,6 +216,16 @@ def over_channels(x):
 
 
 @triton.jit
-def spread(x):
-    """[CT, LC] as [1, 1, CT, 1, LC]."""
-    return x[None, None, :, None, :]
+def stepped(scan, bias, b, t0, e, there, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr):
+    """Of a tile of tokens: u, the time steps Δ, and the derivative of Δ by dt, all 0 where nothing is."""
+    u = of_rows(scan.u, b, t0, e, there, ROWS)
+    raw = of_rows(scan.dt, b, t0, e, there, ROWS)
+    if scan.bias is not None:
+        raw += bias[None]
+    slope = tl.where(there, 1.0, 0.0)
+    if SOFTPLUS:
+        step, small = softplus(raw)
+        slope *= tl.where(raw > 0, 1.0, small) / (1 + small)
+    else:
+        step = raw
+    return u, tl.where(there, step, 0.0), slope
