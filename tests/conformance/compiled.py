@@ -29,6 +29,8 @@ from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, LocalGlobal, Random, SlidingWindow, Strided
 from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
 from attncompiler.mechanisms.linear_attention.recurrence import kernel as linear
+from attncompiler.mechanisms.mamba.op import MambaOptions
+from attncompiler.mechanisms.mamba.recurrence import kernel as mamba
 from attncompiler.mechanisms.mamba2.op import Mamba2Options
 from attncompiler.mechanisms.mamba2.recurrence import kernel as mamba2
 
@@ -122,10 +124,14 @@ def call(
 
 
 def recurrent_rows(mechanism: str, few: bool) -> Iterator[dict[str, Any]]:
-    """The passes of linear attention or Mamba-2, forward and backward, plain and with all that a token may count by."""
-    makes, module = {"linear_attention": (linear_call, linear), "mamba2": (mamba2_call, mamba2)}[mechanism]
+    """The passes of a recurrence, forward and backward, plain and with all that a token may count by."""
+    makes, module, first = {
+        "linear_attention": (linear_call, linear, 64),
+        "mamba": (mamba_call, mamba, 16),
+        "mamba2": (mamba2_call, mamba2, 64),
+    }[mechanism]
     for dtype in (torch.float32, torch.bfloat16) if few else (torch.float32, torch.bfloat16, torch.float16):
-        for width in (64,) if few else (64, 128, 256):
+        for width in (first,) if few else (first, 128, 256):
             for more in (True,) if few else (False, True):
                 tensors, options = makes(dtype, width, more)
                 if more:
@@ -144,6 +150,15 @@ def linear_call(dtype: torch.dtype, width: int, more: bool) -> tuple[dict[str, t
     if more:
         tensors["log_decay"] = torch.zeros(1, 2048, 2)
     return tensors, LinearAttentionOptions()
+
+
+def mamba_call(dtype: torch.dtype, width: int, more: bool) -> tuple[dict[str, torch.Tensor], Any]:
+    tensors = {name: torch.zeros(1, 2048, 1, width, dtype=dtype) for name in "bc"}
+    tensors |= {name: torch.zeros(1, 2048, 128, dtype=dtype) for name in ("u", "dt", "z")}
+    tensors |= {"a": torch.zeros(128, width), "d": torch.zeros(128), "dt_bias": torch.zeros(128)}
+    if more:
+        tensors["initial_state"] = torch.zeros(1, 128, width)
+    return tensors, MambaOptions()
 
 
 def mamba2_call(dtype: torch.dtype, width: int, more: bool) -> tuple[dict[str, torch.Tensor], Any]:
@@ -170,7 +185,7 @@ def row_of(name: str, made: Any, dtype: torch.dtype, width: int) -> dict[str, An
 def main(capability: int, shared_memory: int, mechanism: str, few: bool) -> None:
     triton.runtime.driver.set_active(NoDevice(capability))
     device = Device(shared_memory, 132, divmod(capability, 10))
-    kernel.device_of = launch.device_of = lambda _: device
+    kernel.device_of = launch.device_of = mamba.device_of = lambda _: device
     rows = attention_rows(capability) if mechanism == "attention" else recurrent_rows(mechanism, few)
     print(json.dumps(list(rows)))
 

@@ -25,7 +25,7 @@ MOST_STACK = 512
     "capability",
     [pytest.param(each, marks=[] if each == FAST else [pytest.mark.slow]) for each in SHARED_MEMORY],
 )
-@pytest.mark.parametrize("compiles", ["attention", "linear_attention", "mamba2"])
+@pytest.mark.parametrize("compiles", ["attention", "linear_attention", "mamba", "mamba2"])
 def test_kernels_fit_an_architecture_that_is_not_here(capability: int, compiles: str) -> None:
     """Shared memory within the limit, next to nothing spilled, fp32 multiplied as fp32, and no address from a register
     that nothing has set."""

@@ -8,8 +8,12 @@ Backward, with dy[t] the gradient of y[t] and g[t] that of h[t], which is met fr
     dA = Σ_t Δ[t]·x[t],   dΔ[t] = Σ_n A·x[t] + u[t]·(B[t]·g[t]),   d(Δ[t]·u[t]) = B[t]·g[t]
     dB[t] = Σ_e Δ[t]·u[t]·g[t],   dC[t] = Σ_e dy[t]·h[t]
 
-`tokens.py` says how a token lies among a warp's threads, `passes.py` is the forward and what finds states, `reverse.py`
-the backward, `kernel.py` launches them. Bytes of device memory for each token and channel of the backward, in bf16 with
-N = 16: 16 for the tensors themselves (u, dt, z and dout read two or three times, from the cache in part, and du, ddt, dz
-written), 1.5 for states before chunks and 1 for the shares of dB and dC, both written and read.
+`tokens.py` says how tokens lie among a warp's threads, `passes.py` is the forward and what finds states, `reverse.py`
+the backward, `kernel.py` launches them.
+
+For each token and channel of a row of N = 16 in bf16 the forward moves 8 bytes (u, dt, z and out) and takes 16
+exponentials, beside 3 of the channel; where it is cut into groups, the sweep before it reads u and dt once more and
+takes 16 again. The backward's sweep reads u, dt, z and dout (8 bytes) and takes 16. The backward itself reads them, u
+and dt twice but for the cache, and takes 48, writes du, ddt and dz (6 bytes), and moves 2 bytes of states before chunks,
+2 of dB's and dC's shares, and through the cache 32 of states inside chunks.
 """

@@ -48,18 +48,10 @@ class Layout:
 
 
 WARP = 32
-MOST_NUMBERS = 64
-"""Of a thread's state where nothing but states is summed up: as many of A lie beside them"""
-ALONG, ACROSS = 8, 4
-"""Numbers of B and C that a thread loads at once, where it has a whole channel and where it has a part"""
-
-
-def whole_channels(device: Device, N: int) -> Layout:
-    """A thread has a channel, or as much of it as it has room for: nothing passes between threads."""
-    wide = triton.next_power_of_2(N)
-    NI = min(ALONG, wide)
-    LN = max(1, wide // MOST_NUMBERS)
-    return Layout(wide // (NI * LN), NI, 1, LN, 4 if device.interpreted else WARP // LN)
+WHOLE = 16
+"""Numbers of a state at most of which a thread can have all: B and C of a few tokens lie beside them"""
+HELD = 16
+"""numbers of a thread, where channels are shared"""
 
 
 def parts_of_channels(device: Device, N: int) -> Layout:
@@ -70,9 +62,19 @@ def parts_of_channels(device: Device, N: int) -> Layout:
     8 channels and 8 numbers for a token and 32 threads; where a thread has a channel it is 5 for 32 of B's and C's.
     """
     wide = triton.next_power_of_2(N)
-    NI = min(ACROSS, wide)
+    NI = min(4, wide)
     LN = max(1, min(WARP, wide // NI))
-    return Layout(wide // (NI * LN), NI, min(4, LN), LN, 2 if device.interpreted else WARP // LN)
+    NO = wide // (NI * LN)
+    return Layout(NO, NI, min(4, LN, HELD // (NO * NI)), LN, 2 if device.interpreted else WARP // LN)
+
+
+def whole_channels(device: Device, N: int) -> Layout:
+    """A thread has a channel, if it has room for one: nothing passes between threads."""
+    wide = triton.next_power_of_2(N)
+    if wide > WHOLE:
+        return parts_of_channels(device, N)
+    NI = min(8, wide)
+    return Layout(wide // NI, NI, 1, 1, 4 if device.interpreted else WARP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,29 +90,38 @@ class Groups:
 ROWS = 4
 """Tokens whose numbers are loaded together; of the backward, whose states are in registers together"""
 ENOUGH, WANTED = 7, 16
-"""Warps for each multiprocessor: so many need no groups, which cost a sweep; fewer are made so many by groups"""
+"""Warps for each multiprocessor: so many need no groups, which cost a sweep; fewer are made so many by groups, which
+is what 128 registers leave room for"""
 RESIDENT = 8
 """Warps that a multiprocessor has room for in the backward, which are all: each has memory for a chunk's states"""
 CHUNK = 64
 """Tokens of a chunk: each state before one is N·4 bytes of each channel in memory, and each ROWS tokens of one so much
 in a program's own"""
-MANY = 8
-"""Blocks whose shares of the gradients of B and C a program adds: 8·N bytes a token are written for so many"""
+MANY, FEW = 8, 2
+"""Blocks whose shares of the gradients of B and C a program adds: 8·N bytes a token are written for so many. At most,
+and where there is no GPU."""
 LEAST = 64
 """tokens of a group"""
 
 
 def forward_groups(device: Device, blocks: int, T: int) -> Groups:
-    """How a sequence is cut for `blocks` programs of channels."""
+    """How a sequence is cut for `blocks` programs of channels: no more programs than are resident together."""
     if device.interpreted:  # short sequences have several groups too
         return _cut(T, 12, 2)
     if blocks >= ENOUGH * device.multiprocessors:
         return _cut(T, T, ROWS)
-    return _cut(T, max(LEAST, T * blocks // (WANTED * device.multiprocessors)), ROWS)
+    return _cut(T, max(LEAST, triton.cdiv(T, max(1, WANTED * device.multiprocessors // blocks))), ROWS)
+
+
+def blocks_together(device: Device, blocks: int, T: int) -> int:
+    """Blocks that a program of the backward takes, where all sequences have `blocks`: fewer where that leaves few."""
+    if device.interpreted:
+        return FEW
+    return max(1, min(MANY, blocks * triton.cdiv(T, CHUNK) // (RESIDENT * device.multiprocessors)))
 
 
 def backward_groups(device: Device, slots: int, T: int) -> Groups:
-    """How it is cut where `slots` programs take all channels: into as many groups as make all programs resident."""
+    """How it is cut where `slots` programs take all channels: into as many groups as are resident together."""
     if device.interpreted:
         return _cut(T, 16, 8)
     return _cut(T, triton.cdiv(T, max(1, RESIDENT * device.multiprocessors // slots)), CHUNK)
@@ -130,7 +141,7 @@ class Call:
         self.B, self.T, self.E = u.shape
         self.G, self.N = inputs["b"].shape[2:]
         self.device = device_of(u.device)
-        self.take = 2 if self.device.interpreted else ROWS
+        self.take = min(ROWS, 2) if self.device.interpreted else ROWS
         real = inputs.get("attention_mask")
         runs = run_numbers(inputs.get("segment_ids"), real)
         self.scan = Scan(
@@ -173,7 +184,7 @@ class Call:
         """Turn what groups add into the states behind them, or in reverse before them."""
         carry_kernel[(self.B, triton.cdiv(self.E * self.N, CARRIED))](
             self.scan, states, lengths, initial, self.T, count, groups.tokens,
-            E=self.E, N=self.N, REVERSE=reverse, BLOCK=CARRIED, num_warps=1,
+            E=self.E, N=self.N, REVERSE=reverse, BLOCK=CARRIED, TOGETHER=4, num_warps=1,
         )  # fmt: skip
 
 
@@ -220,7 +231,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     final = grads["final_state"].contiguous() if "final_state" in grads else None
     initial = call.whole("initial_state")
     layout = parts_of_channels(call.device, N)
-    many = 2 if call.device.interpreted else MANY
+    many = blocks_together(call.device, B * call.blocks(layout), T)
     slots = triton.cdiv(call.blocks(layout) // G, many)
     groups = backward_groups(call.device, B * G * slots, T)
     count = groups.count

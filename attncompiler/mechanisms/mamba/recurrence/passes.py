@@ -128,11 +128,10 @@ def sweep_kernel(
 
     for i in range(tl.cdiv(tl.minimum(start + length, T) - start, ROWS)):
         t0 = start + i * ROWS
-        if inner is not None:
-            if (t0 > start) & ((t0 - start) % chunk == 0):
-                number = (b * groups + step) * (length // chunk - 1) + (t0 - start) // chunk - 1
-                tl.store(inner + number * (E * N) + at, state, mask=kept)
-                tl.store(upto + number * E + e, total, mask=inside)
+        if inner is not None and (t0 > start) & ((t0 - start) % chunk == 0):
+            number = (b * groups + step) * (length // chunk - 1) + (t0 - start) // chunk - 1
+            tl.store(inner + number * (E * N) + at, state, mask=kept)
+            tl.store(upto + number * E + e, total, mask=inside)
         t = tokens(t0, ROWS)
         real = which_real(scan, b, t, T)
         there = inside[None] & real
@@ -172,10 +171,17 @@ def sweep_kernel(
         tl.store(back + of_group * (E * N) + at, onward, mask=kept)
 
 
+@triton.jit
+def line(x, r, ROWS: tl.constexpr):
+    """Row r of [ROWS, BLOCK], as `row` takes it."""
+    bits = tl.where(tl.arange(0, ROWS)[:, None] == r, x.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 0).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["T", "groups", "length"])
 def carry_kernel(
     scan, states, lengths, initial, T, groups, length,
-    E: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """From what each group adds, the state behind it: states (B, groups, E, N), in place, from `initial` (B, E, N) on.
     In reverse, from the last group to the first, the gradient of the state before it."""
@@ -186,13 +192,22 @@ def carry_kernel(
     state = tl.zeros([BLOCK], tl.float32)
     if initial is not None:
         state = tl.load(initial + b * (E * N) + m, mask=there, other=0.0)
-    for i in range(groups):
-        group = groups - 1 - i if REVERSE else i
-        at = states + (b * groups + group) * (E * N) + m
-        total = tl.load(lengths + (b * groups + group) * E + m // N, mask=there, other=0.0)
-        kept = tl.exp2(total * a) * state
-        if scan.runs is not None:
-            same = run_of(scan, b, group * length - 1, T) == run_of(scan, b, (group + 1) * length - 1, T)
-            kept = tl.where(same, kept, 0.0)
-        state = kept + tl.load(at, mask=there, other=0.0)
-        tl.store(at, state, mask=there)
+    for i in range(tl.cdiv(groups, TOGETHER)):
+        steps = i * TOGETHER + tl.arange(0, TOGETHER)[:, None]
+        group = groups - 1 - steps if REVERSE else steps
+        at = (b * groups + group) * (E * N) + m[None]
+        mask = (steps < groups) & there[None]
+        added = tl.load(states + at, mask=mask, other=0.0)
+        total = tl.load(lengths + (b * groups + group) * E + m[None] // N, mask=mask, other=0.0)
+        kept = tl.exp2(total * a[None])
+        behind = added
+        for k in tl.static_range(TOGETHER):
+            state = line(kept, k, TOGETHER) * state
+            if scan.runs is not None:
+                step = i * TOGETHER + k
+                one = groups - 1 - step if REVERSE else step
+                same = run_of(scan, b, one * length - 1, T) == run_of(scan, b, (one + 1) * length - 1, T)
+                state = tl.where(same, state, 0.0)
+            state += line(added, k, TOGETHER)
+            behind = tl.where(tl.arange(0, TOGETHER)[:, None] == k, state[None], behind)
+        tl.store(states + at, behind, mask=mask)

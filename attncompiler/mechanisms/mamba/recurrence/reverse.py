@@ -1,8 +1,9 @@
 """The scan's backward over one group of tokens, from its last to its first.
 
-Chunks of tokens are met from the last one. From the state before a chunk, which a sweep left, its states are made again:
-first those before each ROWS tokens, which go to memory that the program has for itself and are read back from the cache;
-then, from the last of them, those between. Each number of state takes two exponentials and the sweep's third.
+Chunks of tokens are met from the last one. From the state before a chunk, which a sweep left, its states are made
+again: first those before each ROWS tokens, which go to memory that the program has for itself and are read back from
+the cache; then, from the last of them, those between. An exponential is taken three times, beside the sweep's: on the
+way to a chunk's end, among ROWS tokens forward and, since a thread has no registers to keep it, among them backward.
 """
 
 from __future__ import annotations
@@ -71,6 +72,12 @@ class Around(NamedTuple):
 
 
 @triton.jit
+def put_state(x, one, r, ROWS: tl.constexpr):
+    """States [ROWS, NO, NI, CT, LN, LC] with `one` as that of token r."""
+    return tl.where(tl.arange(0, ROWS)[:, None, None, None, None, None] == r, one[None], x)
+
+
+@triton.jit
 def put_shares(x, one, r, ROWS: tl.constexpr):
     """A tile [ROWS, NO, NI, LN] with `one` as its token r."""
     return tl.where(tl.arange(0, ROWS)[:, None, None, None] == r, one[None], x)
@@ -118,9 +125,8 @@ def backward_kernel(
         d_skip, d_bias = tl.zeros([CT, LC], tl.float32), tl.zeros([CT, LC], tl.float32)
         if (around.back is not None) and step < groups - 1:
             onward = tl.load(around.back + (b * groups + step + 1) * (E * N) + at, mask=kept, other=0.0)
-        elif around.final is not None:
-            if step == groups - 1:
-                onward = tl.load(around.final + b * (E * N) + at, mask=kept, other=0.0)
+        elif around.final is not None and step == groups - 1:
+            onward = tl.load(around.final + b * (E * N) + at, mask=kept, other=0.0)
 
         chunks = (stop - start + chunk - 1) // chunk
         for i in range(chunks):
@@ -173,14 +179,14 @@ def backward_kernel(
                     dy *= z * gate
                 steps, written, dys = spread(delta, LN), spread(delta * u, LN), spread(dy, LN)
                 state = tl.load(own + piece * HELD)
-                before, behind = (), ()
+                before = tl.zeros([ROWS, NO, NI, CT, LN, LC], tl.float32)
+                behind = before
                 for r in tl.static_range(ROWS):
+                    before = put_state(before, state, r, ROWS)
                     if scan.runs is not None:
                         state = tl.where(run_of(scan, b, t0 + r, T) == run_of(scan, b, t0 + r - 1, T), state, 0.0)
-                    decay = tl.exp2(row(steps, r, ROWS) * a)
-                    before = before + (state,)
-                    state = decay * state + row(written, r, ROWS) * row(write, r, ROWS)
-                    behind = behind + (state,)
+                    state = tl.exp2(row(steps, r, ROWS) * a) * state + row(written, r, ROWS) * row(write, r, ROWS)
+                    behind = put_state(behind, state, r, ROWS)
 
                 y, d_written = tl.zeros([ROWS, CT, LC], tl.float32), tl.zeros([ROWS, CT, LC], tl.float32)
                 d_step = tl.zeros([ROWS, CT, LC], tl.float32)
@@ -188,9 +194,9 @@ def backward_kernel(
                 for r in tl.static_range(ROWS - 1, -1, -1):
                     dy_r, delta_r, read_r = row(dys, r, ROWS), row(steps, r, ROWS), row(read, r, ROWS)
                     if scan.z is not None:
-                        y = put(y, over_states(behind[r] * read_r, CT, LN), r, ROWS)
+                        y = put(y, over_states(row(behind, r, ROWS) * read_r, CT, LN), r, ROWS)
                     onward += dy_r * read_r
-                    dc = put_shares(dc, over_channels(dy_r * behind[r]), r, ROWS)
+                    dc = put_shares(dc, over_channels(dy_r * row(behind, r, ROWS)), r, ROWS)
                     db = put_shares(db, over_channels(row(written, r, ROWS) * onward), r, ROWS)
                     d_written = put(d_written, over_states(onward * row(write, r, ROWS), CT, LN), r, ROWS)
                     # made again: to keep all tokens' decays there are no registers
@@ -198,7 +204,9 @@ def backward_kernel(
                     if scan.runs is not None:
                         same = run_of(scan, b, t0 + r, T) == run_of(scan, b, t0 + r - 1, T)
                         onward = tl.where(same, onward, 0.0)
-                    d_exponent = onward * before[r]
+                    d_exponent = onward * row(before, r, ROWS)
+                    if scan.runs is not None:
+                        d_exponent = tl.where(same, d_exponent, 0.0)  # another document's state need not be finite
                     da += d_exponent * delta_r
                     d_step = put(d_step, over_states(d_exponent * a, CT, LN), r, ROWS)
 
@@ -219,7 +227,9 @@ def backward_kernel(
                 if scan.z is not None:
                     tl.store(grads.z + at_out, d_z.to(grads.z.dtype.element_ty), mask=mask)
                 t = t[:, :, :, None]
-                at_share = (((slot * B + b) * T + t0 + tl.arange(0, ROWS)[:, None, None, None]) * G + group) * N + shares
+                at_share = (
+                    ((slot * B + b) * T + t0 + tl.arange(0, ROWS)[:, None, None, None]) * G + group
+                ) * N + shares
                 mask = (shares < N) & (t < T)
                 more = mask & (block > slot * many)
                 db += tl.load(grads.b + at_share, mask=more, other=0.0)
@@ -237,6 +247,5 @@ def backward_kernel(
             tl.store(grads.d + of_group * E + e, d_skip, mask=inside)
         if grads.bias is not None:
             tl.store(grads.bias + of_group * E + e, d_bias, mask=inside)
-        if grads.initial is not None:
-            if step == 0:
-                tl.store(grads.initial + b * (E * N) + at, onward, mask=kept)
+        if grads.initial is not None and step == 0:
+            tl.store(grads.initial + b * (E * N) + at, onward, mask=kept)

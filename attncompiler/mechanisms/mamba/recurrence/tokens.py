@@ -1,7 +1,7 @@
 """What tokens are to the scan, in Triton: where their numbers lie among a warp's threads, and their time steps.
 
 A program is one warp and has a block of CT·LC channels with their N numbers of state, padded to NO·NI·LN. LN threads
-share a channel: a thread holds NO·NI numbers of CT channels, so that the sum over a channel's numbers takes log LN steps
+share a channel: a thread holds NO·NI numbers of CT channels, so the sum over a channel's numbers takes log LN steps
 between threads, and that over the block's channels log LC. States are [NO, NI, CT, LN, LC]: by Triton's own rule the
 last two axes are the warp's 32 threads, and the others a thread's registers.
 
