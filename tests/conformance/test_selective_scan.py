@@ -20,8 +20,7 @@ from attncompiler.mechanisms.mamba.recurrence.kernel import (
     backward_groups,
     blocks_together,
     forward_groups,
-    parts_of_channels,
-    whole_channels,
+    layout_for,
 )
 
 HOPPER = Device(232448, 132, (9, 0))
@@ -74,8 +73,7 @@ def test_where_tokens_and_channels_are_cut_does_not_matter(
 ) -> None:
     """Groups of a few tokens, one after the other; several blocks of channels in a program, and a last one of fewer."""
     monkeypatch.setattr(kernel, "ROWS", 2)
-    monkeypatch.setattr(kernel, "MANY", many)
-    monkeypatch.setattr(kernel, "FEW", many)
+    monkeypatch.setattr(kernel, "blocks_together", lambda *_: many)
     for name in ("forward_groups", "backward_groups"):
         monkeypatch.setattr(kernel, name, lambda *_: Groups(-(-T // tokens), tokens, chunk))
     ids = (torch.arange(T)[None] >= torch.tensor([[T // 3], [T // 2]])).sum(0)
@@ -190,10 +188,10 @@ def test_many_groups_of_a_long_sequence(device: str) -> None:
 
 @given(N=st.integers(1, 256))
 def test_a_warp_has_every_number_once(N: int) -> None:
-    for layout in (whole_channels(HOPPER, N), parts_of_channels(HOPPER, N)):
-        assert N <= layout.NO * layout.NI * layout.LN < max(2 * N, 2)
-        assert layout.LN * layout.LC == 32
-        assert layout.held <= 32 * 16
+    layout = layout_for(HOPPER, N)
+    assert N <= layout.NO * layout.NI * layout.LN < max(2 * N, 2)
+    assert layout.LN * layout.LC == 32
+    assert layout.held <= 32 * 16
 
 
 @given(programs=st.integers(1, 10**5), T=st.integers(1, 2**21), multiprocessors=st.integers(1, 200))
@@ -208,10 +206,9 @@ def test_groups_hold_every_token_once(programs: int, T: int, multiprocessors: in
 @pytest.mark.parametrize(("B", "T", "E"), [(8, 2048, 4096), (1, 131072, 2048), (1, 16384, 4096), (1, 2048, 768)])
 def test_programs_fill_a_device_once(B: int, T: int, E: int) -> None:
     """A second round of few programs takes as long as the first."""
-    blocks = B * E // whole_channels(HOPPER, 16).channels
+    blocks = B * E // layout_for(HOPPER, 16).channels
     programs = blocks * forward_groups(HOPPER, blocks, T).count
     assert 0.7 * kernel.ENOUGH <= programs / HOPPER.multiprocessors <= kernel.WANTED
-    blocks = B * E // parts_of_channels(HOPPER, 16).channels
     slots = B * -(-blocks // B // blocks_together(HOPPER, blocks, T))
     programs = slots * backward_groups(HOPPER, slots, T).count
     assert 0.7 * kernel.RESIDENT <= programs / HOPPER.multiprocessors <= kernel.RESIDENT

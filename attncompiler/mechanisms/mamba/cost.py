@@ -12,6 +12,14 @@ from attncompiler.mechanisms.mamba.mechanism import MambaPolicy
 FP32 = 4
 BUFFER_ELEMENTS = 2**19
 """of a chunk's states in the chunkwise kernel: some megabytes"""
+CHUNK, MANY, ROWS = 64, 8, 4
+"""Of the Triton kernel's backward: tokens between the states that it keeps, of which each is N·4 bytes of each channel;
+blocks of channels whose shares of the gradients of B and C a program adds, 8·N bytes a token for so many; and tokens
+between the states that a program keeps inside a chunk, in memory of its own"""
+HELD = 512
+"""numbers of state of a block: of 16 each, 32 channels"""
+RESIDENT = 1056
+"""programs of an H100 or H200 together, 8 for each of 132 multiprocessors"""
 
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:
@@ -71,6 +79,14 @@ def _kernel_workspace(policy: MambaPolicy, size: MixerSize) -> int:
     if size.kernel == "eager":
         # every token's state, its decay, what is written to it, and the gradients on the way
         return 4 * size.seq_len * state
+    if size.kernel == "triton":
+        blocks = -(-width * policy.state_size // HELD)
+        chunks = -(-size.seq_len // CHUNK)
+        many = max(1, min(MANY, blocks * chunks // RESIDENT))
+        programs = min(RESIDENT, -(-blocks // many) * chunks)
+        # states before chunks, shares, states inside a chunk, and those around the groups of tokens, forward and back
+        shares = 2 * -(-blocks // (many * size.batch)) * size.tokens * policy.state_size * FP32
+        return chunks * state + shares + programs * HELD * FP32 * (CHUNK // ROWS + 2 * many)
     chunk = min(size.seq_len, max(8, min(64, BUFFER_ELEMENTS // (width * policy.state_size))))
     # the state before each chunk; decays, states and gradients of the states in one chunk
     return (-(-size.seq_len // chunk) + 4 * chunk) * state

@@ -14,6 +14,6 @@ the backward, `kernel.py` launches them.
 For each token and channel of a row of N = 16 in bf16 the forward moves 8 bytes (u, dt, z and out) and takes 16
 exponentials, beside 3 of the channel; where it is cut into groups, the sweep before it reads u and dt once more and
 takes 16 again. The backward's sweep reads u, dt, z and dout (8 bytes) and takes 16. The backward itself reads them, u
-and dt twice but for the cache, and takes 48, writes du, ddt and dz (6 bytes), and moves 2 bytes of states before chunks,
-2 of dB's and dC's shares, and through the cache 32 of states inside chunks.
+and dt twice but for the cache, and takes 48, writes du, ddt and dz (6 bytes), and moves 2 bytes of states before
+chunks, 2 of dB's and dC's shares, and through the cache 32 of states inside chunks.
 """

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attncompiler.blocks.gpu import Device, device_of
 from attncompiler.blocks.segments import run_numbers
+from attncompiler.mechanisms.mamba.cost import CHUNK, MANY, ROWS
 from attncompiler.mechanisms.mamba.op import MambaOptions
 from attncompiler.mechanisms.mamba.recurrence.passes import carry_kernel, read_kernel, sweep_kernel
 from attncompiler.mechanisms.mamba.recurrence.reverse import Around, Grads, backward_kernel
@@ -48,33 +49,22 @@ class Layout:
 
 
 WARP = 32
-WHOLE = 16
-"""Numbers of a state at most of which a thread can have all: B and C of a few tokens lie beside them"""
 HELD = 16
-"""numbers of a thread, where channels are shared"""
+"""numbers of state for a thread"""
 
 
-def parts_of_channels(device: Device, N: int) -> Layout:
-    """Four numbers of four channels for a thread: B and C are less to load and to unpack, and of the backward's sums
-    over channels the first two steps are in a thread.
+def layout_for(device: Device, N: int) -> Layout:
+    """Four numbers of four channels for a thread.
 
-    Of sixteen numbers, the sums take 2 steps between threads for each of a channel's, and 3 for each of B's and C's,
-    8 channels and 8 numbers for a token and 32 threads; where a thread has a channel it is 5 for 32 of B's and C's.
+    Where a thread has all sixteen numbers of one channel it has four times as many of B and C to load and to unpack,
+    and sums over channels take 5 steps between threads for each of 16, in place of 3 for each of 4. For this, sums over
+    a channel's numbers, which were in a thread, take 2 for each of 4 channels.
     """
     wide = triton.next_power_of_2(N)
     NI = min(4, wide)
     LN = max(1, min(WARP, wide // NI))
     NO = wide // (NI * LN)
     return Layout(NO, NI, min(4, LN, HELD // (NO * NI)), LN, 2 if device.interpreted else WARP // LN)
-
-
-def whole_channels(device: Device, N: int) -> Layout:
-    """A thread has a channel, if it has room for one: nothing passes between threads."""
-    wide = triton.next_power_of_2(N)
-    if wide > WHOLE:
-        return parts_of_channels(device, N)
-    NI = min(8, wide)
-    return Layout(wide // NI, NI, 1, 1, 4 if device.interpreted else WARP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +77,13 @@ class Groups:
     """tokens of one"""
 
 
-ROWS = 4
-"""Tokens whose numbers are loaded together; of the backward, whose states are in registers together"""
 ENOUGH, WANTED = 7, 16
 """Warps for each multiprocessor: so many need no groups, which cost a sweep; fewer are made so many by groups, which
 is what 128 registers leave room for"""
 RESIDENT = 8
 """Warps that a multiprocessor has room for in the backward, which are all: each has memory for a chunk's states"""
-CHUNK = 64
-"""Tokens of a chunk: each state before one is N·4 bytes of each channel in memory, and each ROWS tokens of one so much
-in a program's own"""
-MANY, FEW = 8, 2
-"""Blocks whose shares of the gradients of B and C a program adds: 8·N bytes a token are written for so many. At most,
-and where there is no GPU."""
+FEW, FEW_ROWS = 2, 2
+"""For MANY and ROWS where there is no GPU"""
 LEAST = 64
 """tokens of a group"""
 
@@ -141,7 +125,7 @@ class Call:
         self.B, self.T, self.E = u.shape
         self.G, self.N = inputs["b"].shape[2:]
         self.device = device_of(u.device)
-        self.take = min(ROWS, 2) if self.device.interpreted else ROWS
+        self.take = FEW_ROWS if self.device.interpreted else ROWS
         real = inputs.get("attention_mask")
         runs = run_numbers(inputs.get("segment_ids"), real)
         self.scan = Scan(
@@ -207,7 +191,7 @@ def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
     """out (B, T, E) in u's dtype and final_state (B, E, N) in fp32."""
     call = Call(inputs, options)
     B, T, E, N = call.B, call.T, call.E, call.N
-    layout = whole_channels(call.device, N)
+    layout = layout_for(call.device, N)
     groups = forward_groups(call.device, B * call.blocks(layout), T)
     initial = call.whole("initial_state")
     out = torch.empty_like(inputs["u"], memory_format=torch.contiguous_format)
@@ -230,7 +214,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     dout = grads["out"] if "out" in grads else torch.zeros_like(inputs["u"])
     final = grads["final_state"].contiguous() if "final_state" in grads else None
     initial = call.whole("initial_state")
-    layout = parts_of_channels(call.device, N)
+    layout = layout_for(call.device, N)
     many = blocks_together(call.device, B * call.blocks(layout), T)
     slots = triton.cdiv(call.blocks(layout) // G, many)
     groups = backward_groups(call.device, B * G * slots, T)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from attncompiler.mechanisms.mamba.recurrence.tokens import (
     channels,
-    numbers_of_states,
+    numbers,
     of_channels,
     of_rows,
     of_shared,
@@ -54,7 +54,7 @@ def read_kernel(
     step, b = place % groups, (place // groups).to(tl.int64)
     e = channels(first, unit, CT, LC)
     inside = e < end
-    n = numbers_of_states(unit, NO, NI, LN)
+    n = numbers(NO, NI, LN)
     kept = (n < N) & spread_one(inside)
     at = spread_one(e.to(tl.int64) * N) + n
     a = tl.load(scan.a + at, mask=kept, other=0.0)
@@ -113,7 +113,7 @@ def sweep_kernel(
     step, b = place % groups, (place // groups).to(tl.int64)
     e = channels(first, unit, CT, LC)
     inside = e < end
-    n = numbers_of_states(unit, NO, NI, LN)
+    n = numbers(NO, NI, LN)
     kept = (n < N) & spread_one(inside)
     at = spread_one(e.to(tl.int64) * N) + n
     a = tl.load(scan.a + at, mask=kept, other=0.0)

@@ -16,7 +16,7 @@ import triton.language as tl
 from attncompiler.mechanisms.mamba.recurrence.tokens import (
     LN2,
     channels,
-    numbers_of_states,
+    numbers,
     of_channels,
     of_rows,
     of_shared,
@@ -102,7 +102,7 @@ def backward_kernel(
     step, b = rest % groups, (rest // groups).to(tl.int64)
     start = step * length
     stop = tl.minimum(start + length, T)
-    n = numbers_of_states(unit, NO, NI, LN)
+    n = numbers(NO, NI, LN)
     HELD: tl.constexpr = NO * NI * CT * LN * LC
     # a thread's own numbers, NI of them side by side
     own = tl.arange(0, NO)[:, None, None, None, None] * CT + tl.arange(0, CT)[None, None, :, None, None]

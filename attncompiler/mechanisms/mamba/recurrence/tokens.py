@@ -126,14 +126,6 @@ def numbers(NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr):
 
 
 @triton.jit
-def numbers_of_states(unit, NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr):
-    """The same, where states are loaded: a thread loads four numbers at once, and by `unit` no more are offered."""
-    n = tl.arange(0, NO)[:, None, None] * (LN * NI) + tl.arange(0, LN)[None, None, :] * NI
-    n += tl.arange(0, NI)[None, :, None] * (unit if NI > 4 else 1)
-    return n[:, :, None, :, None]
-
-
-@triton.jit
 def of_channels(ptr, e, inside):
     """Parameters (E) of the block's channels; 0 where there are none."""
     found = tl.zeros(e.shape, tl.float32)
