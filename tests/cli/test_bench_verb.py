@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ ROWS = (
 @pytest.fixture(autouse=True)
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of one's own tables, empty; the rows of a CPU are tiny; the current folder has a spec."""
-    from attncompiler.bench.attention import run as running
+    from attncompiler.bench.attention import bench
 
     def forget() -> None:
         store._entries.cache_clear()
@@ -35,7 +36,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     monkeypatch.chdir(tmp_path)
     Path("spec.yaml").write_text(SPEC)
-    monkeypatch.setattr(running, "CPU", ROWS)
+    monkeypatch.setattr(bench, "CPU", ROWS)
     monkeypatch.setattr(store, "folder", lambda: tmp_path / "own")
     forget()
     yield tmp_path / "own"
@@ -153,14 +154,15 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
 
 
 def test_a_device_that_is_lost_is_an_error_after_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attncompiler.bench.attention import run as running
-    from attncompiler.bench.attention.contestants import Contestant
+    from attncompiler.bench.attention import bench
     from attncompiler.bench.device import Clock
+    from attncompiler.bench.grid.contestants import Contestant
 
     def fail(inputs: object) -> Any:
         raise RuntimeError("an illegal access")
 
-    monkeypatch.setattr(running, "members", lambda *_: (Contestant("sdpa", "member", fail),))
+    failing = replace(bench.BENCH, members=lambda *_: (Contestant("sdpa", "member", fail),))
+    monkeypatch.setattr(bench, "BENCH", failing)
     monkeypatch.setattr(Clock, "lost", lambda self: "an illegal access")
     result = run("bench", "attention", "--device", "cpu")
     assert result.exit_code == 1
@@ -173,14 +175,14 @@ def test_a_device_that_is_lost_is_an_error_after_what_was_measured(monkeypatch: 
 def test_an_interrupted_run_prints_and_keeps_what_it_measured(
     own: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    from attncompiler.bench.attention import run as running
+    from attncompiler.bench.grid import run as running
 
     measure = running.measure
 
-    def interrupted(row: rows.Row, *arguments: Any) -> Any:
+    def interrupted(bench: Any, row: rows.Row, *arguments: Any) -> Any:
         if row is ROWS[2]:
             raise KeyboardInterrupt
-        return measure(row, *arguments)
+        return measure(bench, row, *arguments)
 
     monkeypatch.setattr(running, "measure", interrupted)
     result = run("bench", "attention", "--device", "cpu", "--repeats", "2", "--save", "--format", form)

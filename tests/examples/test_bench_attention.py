@@ -13,12 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attncompiler import ops
-from attncompiler.bench.attention import contestants, grid, keep, peers, report, run
-from attncompiler.bench.attention.contestants import Absent, Call, Contestant
-from attncompiler.bench.attention.grid import Cell, Measured, Problem
+from attncompiler.bench.attention import bench, contestants, keep, peers
+from attncompiler.bench.attention.bench import BENCH
 from attncompiler.bench.attention.inputs import Inputs, pattern_mask
-from attncompiler.bench.attention.rows import CPU, CUDA, Row, log_normal, select
+from attncompiler.bench.attention.rows import CPU, CUDA, Row, log_normal
 from attncompiler.bench.device import Clock
+from attncompiler.bench.grid import measure as grid
+from attncompiler.bench.grid import report, run
+from attncompiler.bench.grid.bench import Bench
+from attncompiler.bench.grid.cells import Cell, Measured, Problem
+from attncompiler.bench.grid.contestants import Absent, Call, Contestant
+from attncompiler.bench.grid.rows import select
 from attncompiler.bench.measure import Samples
 from attncompiler.errors import UsageError
 from attncompiler.measured import Run
@@ -52,8 +57,8 @@ by_name = pytest.mark.parametrize("row", SMALL, ids=lambda row: row.name)
 square = pytest.mark.parametrize("row", [row for row in SMALL if row.backward], ids=lambda row: row.name)
 
 
-def measure(row: Row, *taking: Contestant, repeats: int = 2) -> Measured:
-    return grid.measure(row, taking, Clock("cpu"), torch.float32, repeats)
+def measure(row: Row, *taking: Contestant, repeats: int = 2, of: Bench = BENCH) -> Measured:
+    return grid.measure(of, row, taking, Clock("cpu"), torch.float32, repeats)
 
 
 def raising(name: str, error: Exception, *, late: bool = False) -> Contestant:
@@ -85,7 +90,7 @@ def test_lengths_fill_their_row(row: Row) -> None:
     if row.layout == "padded":
         assert len(row.lengths) == row.B
         assert max(row.lengths) == row.T
-    assert 0 < grid.visible_pairs(row) <= row.B * row.T * row.S
+    assert 0 < bench.visible_pairs(row) <= row.B * row.T * row.S
 
 
 @given(st.integers(1, 64), st.integers(0, 4096))
@@ -110,7 +115,7 @@ def test_rows_are_selected_by_group_by_name_and_by_wildcard() -> None:
 
 def test_the_random_row_sees_a_fortieth_of_all_pairs() -> None:
     [row] = select(CUDA, ["sparse/random*"])
-    assert grid.visible_pairs(row) / row.T**2 == pytest.approx(0.025, rel=0.1)
+    assert bench.visible_pairs(row) / row.T**2 == pytest.approx(0.025, rel=0.1)
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
@@ -125,7 +130,7 @@ def test_pairs_are_those_of_the_mask(row: Row) -> None:
         seen = row.B * row.S
     else:
         seen = row.B * int(inputs.dense().sum())
-    assert grid.visible_pairs(row) == seen
+    assert bench.visible_pairs(row) == seen
 
 
 @square
@@ -139,7 +144,7 @@ def test_the_formula_of_a_pattern_is_the_operators(row: Row) -> None:
 
 @by_name
 def test_every_member_and_the_peer_compute_the_rows_function(row: Row) -> None:
-    result = measure(row, *contestants.members("cpu", row.pattern["kind"]), *peers.peers("cpu"))
+    result = measure(row, *contestants.members("cpu", row), *peers.peers("cpu"))
     assert list(result.cells) == [*contestants.mechanism().order("cpu", {"pattern": row.pattern["kind"]}), "SDPA"]
     for cell in result.cells.values():
         assert isinstance(cell.forward, Samples)
@@ -331,8 +336,8 @@ def test_a_contestant_that_fails_in_its_turns_is_timed_no_more() -> None:
 
 def test_a_device_that_is_lost_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "lost", lambda self: "an illegal access")
-    monkeypatch.setattr(run, "members", lambda *_: (raising("a", RuntimeError("x")), contestants.member("sdpa")))
-    found = list(run.results(SMALL[:3], Clock("cpu"), torch.float32, 1, against_peers=False))
+    failing = replace(BENCH, members=lambda *_: (raising("a", RuntimeError("x")), contestants.member("sdpa")))
+    found = list(run.results(failing, SMALL[:3], Clock("cpu"), torch.float32, 1, against_peers=False))
     assert len(found) == 1
     assert found[0].lost == "an illegal access"
     assert list(found[0].cells) == ["a"]
@@ -376,7 +381,7 @@ def cell(role: Any, forward: float, both: float | None = None) -> Cell:
 RESULT = Measured(
     SMALL[0],
     itemsize=2,
-    pairs=1640,
+    count=bench.count(SMALL[0], 2),
     chain=("a", "b"),
     cells={
         "a": cell("member", 2.0, 4.0),
@@ -388,7 +393,7 @@ RESULT = Measured(
 
 
 def test_ratios_are_of_the_planned_kernel() -> None:
-    assert report.ratios(RESULT) == {
+    assert report.ratios(RESULT, "FA2") == {
         "best_peer": {"forward": 1.0, "both": 0.5},
         "fa2": {"forward": 1.5, "both": 0.5},
         "best_member": {"forward": 0.5, "both": 1.0},
@@ -399,37 +404,36 @@ def test_ratios_are_of_the_planned_kernel() -> None:
     assert report.short_of(replace(RESULT, chain=("c",))) == ("forward", "both"), "what is planned did not run"
 
 
-def test_a_planned_kernel_without_a_backward_is_measured_as_the_pair_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grid, "planned", lambda inputs, direction="": ("ring", "sdpa"))
-    result = measure(SMALL[0], contestants.member("ring"), contestants.member("sdpa"))
+def test_a_planned_kernel_without_a_backward_is_measured_as_the_pair_that_runs() -> None:
+    paired = replace(BENCH, planned=lambda inputs, direction: ("ring", "sdpa"))
+    result = measure(SMALL[0], contestants.member("ring"), contestants.member("sdpa"), of=paired)
     assert isinstance(result.cells["auto"].both, Samples)
     assert result.plan is result.cells["auto"]
     assert [list(entry.kernels) for entry in keep.entries([result], RUN, "float32")] == [["sdpa"]]
 
 
-def test_two_kernels_that_share_a_call_are_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    chains = {"": ("sdpa", "chunkwise"), "backward": ("chunkwise", "sdpa")}
-    monkeypatch.setattr(grid, "planned", lambda inputs, direction="": chains[direction])
-    result = measure(SMALL[0], contestants.member("sdpa"), contestants.member("chunkwise"))
+def test_two_kernels_that_share_a_call_are_measured_together() -> None:
+    chains = {"forward": ("sdpa", "chunkwise"), "backward": ("chunkwise", "sdpa")}
+    paired = replace(BENCH, planned=lambda inputs, direction: chains[direction])
+    result = measure(SMALL[0], contestants.member("sdpa"), contestants.member("chunkwise"), of=paired)
     assert result.plan is result.cells["auto"]
-    _, verdict, *_ = report.tables("small", [result], None)
+    _, verdict, *_ = report.tables(BENCH, "small", [result], None)
     assert dict(zip(verdict.columns, verdict.rows[0], strict=True))["planned"] == "sdpa, backward chunkwise"
-    assert report.as_data(result)["planned_backward"] == "chunkwise"
+    assert report.as_data(BENCH, result, None)["planned_backward"] == "chunkwise"
     assert [sorted(entry.kernels) for entry in keep.entries([result], RUN, "float32")] == [["chunkwise", "sdpa"]]
 
 
 def test_speed_counts_visible_pairs_and_a_step_what_it_reads() -> None:
-    assert RESULT.flops == 4 * 2 * 8 * 1640
-    data = report.as_data(RESULT)
-    assert data["cells"]["a"]["forward"]["flops_per_second"] == RESULT.flops / 2.0
-    assert data["cells"]["a"]["both"]["flops_per_second"] == 3.5 * RESULT.flops / 4.0
+    assert RESULT.count.flops["forward"] == 4 * 2 * 8 * 1640
+    data = report.as_data(BENCH, RESULT, None)
+    assert data["cells"]["a"]["forward"]["flops_per_second"] == RESULT.count.flops["forward"] / 2.0
+    assert data["cells"]["a"]["both"]["flops_per_second"] == 3.5 * RESULT.count.flops["forward"] / 4.0
     assert data["cells"]["X"]["both"] == {"problem": "no memory", "reason": "no room"}
-    step = replace(RESULT, row=STEP)
-    assert step.key_bytes == 2 * 3 * 30 * 2 * 8 * 2
+    assert bench.key_bytes(STEP, 2) == 2 * 3 * 30 * 2 * 8 * 2
 
 
 def test_tables_name_everyone_who_ran_and_why_others_did_not() -> None:
-    speeds, verdict, notes = report.tables("small", [RESULT], None)
+    speeds, verdict, notes = report.tables(BENCH, "small", [RESULT], None)
     assert speeds.columns == ("small", "a", "b", "FA2", "X")
     assert speeds.rows[0][-1].endswith("/memory")
     [row] = verdict.rows

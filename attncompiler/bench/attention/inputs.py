@@ -68,6 +68,10 @@ class Inputs:
         lengths = torch.tensor(self.row.lengths, device=self.device)
         return torch.arange(self.row.T, device=self.device) < lengths[:, None]
 
+    def compared(self, out: Tensor) -> Tensor:
+        """An output without what padding has, which is of no account."""
+        return out * self.real[:, :, None, None] if self.row.layout == "padded" else out
+
     def mask(self) -> Mask:
         """The row's pattern, and its packed documents, as a formula on positions. Padding is not in it."""
         seen = pattern_mask(self.row, self.device)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from attncompiler.bench.attention.contestants import AUTO, mechanism, policy
-from attncompiler.bench.attention.grid import Measured
-from attncompiler.bench.attention.report import median
+from attncompiler.bench.attention.contestants import mechanism, policy
+from attncompiler.bench.grid.cells import Measured, median
+from attncompiler.bench.grid.contestants import AUTO
 from attncompiler.measured import Entry, Run, Times
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attncompiler.bench.attention.contestants import Absent, Call, Contestant
 from attncompiler.bench.attention.inputs import Inputs
+from attncompiler.bench.grid.contestants import Absent, Call, Contestant
 
 MASK_ELEMENTS = 2**34
 """the largest T × T that FlexAttention is asked to build its block mask of"""

@@ -6,27 +6,24 @@ Symbols: B sequences, T queries, S keys, H query heads, K key heads, D their wid
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from attncompiler.errors import UsageError, fail
+from attncompiler.bench.grid import rows as grid
 
 CAUSAL: Mapping[str, Any] = {"kind": "causal"}
 FULL: Mapping[str, Any] = {"kind": "full"}
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(grid.Row):
     """One row: a call of attention. `lengths` are those of its documents, where it has some.
 
     Packed documents are one sequence of T tokens told apart by segment ids; padded ones are B sequences of T tokens, of
     which each has its length's first real.
     """
 
-    group: str
-    name: str
     T: int
     H: int
     D: int
@@ -42,18 +39,13 @@ class Row:
         object.__setattr__(self, "S", self.S or self.T)
 
     @property
-    def id(self) -> str:
-        """How `--rows` names it."""
-        return f"{self.group}/{self.name}"
-
-    @property
     def causal(self) -> bool:
         return bool(self.pattern.get("causal", self.pattern["kind"] != "full"))
 
     @property
-    def backward(self) -> bool:
-        """Whether it is measured with its backward: a decoding step has none."""
-        return self.T == self.S
+    def step(self) -> bool:
+        """Whether it is a decoding step: fewer queries than keys."""
+        return self.T != self.S
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -137,19 +129,3 @@ CPU: tuple[Row, ...] = (
     Row("decode", "b4-s4096-h8-k2-d64", B=4, T=1, S=4096, H=8, K=2, D=64),
     *_documents("documents", 8, 64, 8, 2048),
 )
-
-
-def select(rows: Sequence[Row], patterns: Sequence[str]) -> tuple[Row, ...]:
-    """The rows that a pattern names: a group, a row, or either with wildcards; all where there are no patterns.
-
-    Raises UsageError (E602) on a pattern that names none.
-    """
-    for pattern in patterns:
-        if not any(_named(row, pattern) for row in rows):
-            known = ", ".join(row.id for row in rows)
-            raise fail(UsageError, "E602", f"no row is named {pattern!r}", remedy=f"there are {known}")
-    return tuple(row for row in rows if not patterns or any(_named(row, pattern) for pattern in patterns))
-
-
-def _named(row: Row, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in (row.group, row.id))

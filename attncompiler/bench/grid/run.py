@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 
 import torch
 
-from attncompiler.bench.attention.contestants import members
-from attncompiler.bench.attention.grid import Measured, measure
-from attncompiler.bench.attention.peers import peers
-from attncompiler.bench.attention.rows import CPU, CUDA, Row
 from attncompiler.bench.device import Clock
+from attncompiler.bench.grid.bench import Bench
+from attncompiler.bench.grid.cells import Measured
+from attncompiler.bench.grid.measure import measure
+from attncompiler.bench.grid.rows import Row
 from attncompiler.errors import UsageError, fail
 from attncompiler.measured import Run
 from attncompiler.targets.target import Target
@@ -22,12 +22,8 @@ DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 """what is measured where nobody says"""
 
 
-def rows(device_type: str) -> tuple[Row, ...]:
-    """What is measured on a kind of device."""
-    return CUDA if device_type == "cuda" else CPU
-
-
 def results(
+    bench: Bench,
     chosen: Sequence[Row],
     clock: Clock,
     dtype: torch.dtype,
@@ -42,16 +38,16 @@ def results(
     is no kernel's and no peer's.
     """
     device_type = clock.device.type
-    everyone = [each.name for row in chosen for each in members(device_type, row.pattern["kind"]) + peers(device_type)]
+    everyone = [each.name for row in chosen for each in bench.members(device_type, row) + bench.peers(device_type)]
     for name in only or ():
         if name not in everyone:
             known = ", ".join(dict.fromkeys(everyone))
             raise fail(UsageError, "E602", f"no kernel or peer is named {name!r}", remedy=f"there are {known}")
     for row in chosen:
-        taking = members(device_type, row.pattern["kind"])
+        taking = bench.members(device_type, row)
         if against_peers or only is not None:
-            taking += peers(device_type)
-        result = measure(row, taking, clock, dtype, repeats, only)
+            taking += bench.peers(device_type)
+        result = measure(bench, row, taking, clock, dtype, repeats, only)
         yield result
         if result.lost:
             return
@@ -60,14 +56,13 @@ def results(
         clock.free()
 
 
-def run_facts(target: Target) -> Run:
-    """The device, today's date, and the versions that times depend on."""
+def run_facts(target: Target, packages: Mapping[str, str]) -> Run:
+    """The device, the date, and the versions that times depend on: of torch, and on a GPU of `packages`."""
     versions: dict[str, str] = {"torch": str(torch.__version__)}
     if target.device_type == "cuda":
         cudnn = torch.backends.cudnn.version()
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
-        names = {"triton": "triton", "flash_attn": "flash-attn-4"}
-        for module, distribution in names.items():
+        for module, distribution in packages.items():
             if importlib.util.find_spec(module) is not None:
                 versions[distribution] = _version(distribution)
     else:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from attncompiler.bench.attention.contestants import AUTO, Absent, Call, Contestant, mechanism, member, planned, policy
-from attncompiler.bench.attention.inputs import Inputs
-from attncompiler.bench.attention.rows import Row
 from attncompiler.bench.device import Clock
+from attncompiler.bench.grid.bench import Bench
+from attncompiler.bench.grid.cells import Cell, Measured, Problem, Way
+from attncompiler.bench.grid.contestants import Absent, Call, Contestant, Inputs
+from attncompiler.bench.grid.rows import Row
 from attncompiler.bench.measure import Samples, Work
 from attncompiler.errors import AttnCompilerError
 
@@ -27,84 +28,14 @@ FEWEST, BUDGET, SLOW = 3, 0.25, 2.0
 """turns that a cell has at least; seconds after which it needs no more; seconds of one that is not asked for more"""
 APART = 0.05
 """how far an output may be from ours, in the root mean square, to be of the same function: many times any rounding"""
+COMPARED = 2**26
+"""elements that are compared at once: in fp32 they hold as many bytes as the longest rows leave room for"""
 
 Result = TypeVar("Result")
-Way = Literal["forward", "both"]
-"""the forward alone, or forward and backward"""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why a cell has no time."""
-
-    kind: Literal["refused", "absent", "no memory", "too slow", "another function", "failed"]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One contestant in one row."""
-
-    role: Literal["member", "peer"]
-    forward: Samples | Problem | None = None
-    both: Samples | Problem | None = None
-    """forward and backward; None in a row without backward"""
-    peak_bytes: int | None = None
-    """what forward and backward hold beside the inputs; the forward alone, where that is all that runs"""
-    host: Mapping[Way, float] = field(default_factory=dict)
-    """seconds of the host, which count where the device has nothing else to do meanwhile; not there on a CPU, nor
-    where the device takes many times as long"""
-
-    def given(self, way: Way, taken: Samples | Problem) -> Cell:
-        """The cell with its time that way."""
-        return replace(self, forward=taken) if way == "forward" else replace(self, both=taken)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One row's cells by contestant, and what was planned for it."""
-
-    row: Row
-    itemsize: int
-    """bytes of an element of q, k and v"""
-    pairs: int
-    """pairs of query and key that see each other, in all sequences, for one head"""
-    chain: tuple[str, ...]
-    """the kernels that would serve a call of this row, the planned one first"""
-    cells: dict[str, Cell] = field(default_factory=dict)
-    lost: str | None = None
-    """why the device can do no more, where that happened in this row"""
-    backward: tuple[str, ...] = ()
-    """the same as `chain` in the order in which their backwards would be tried; empty where the row has none"""
-
-    @property
-    def flops(self) -> int:
-        """Of the forward: two products for each pair. Forward and backward together are counted as 3.5 times that."""
-        return 4 * self.row.H * self.row.D * self.pairs
-
-    @property
-    def key_bytes(self) -> int:
-        """Of k and v, which is what a decoding step reads."""
-        row = self.row
-        return 2 * row.B * row.S * row.K * row.D * self.itemsize
-
-    @property
-    def plan(self) -> Cell | None:
-        """The cell of what `kernel="auto"` runs."""
-        return self.cells.get(AUTO) or (self.cells.get(self.chain[0]) if self.chain else None)
-
-
-def visible_pairs(row: Row) -> int:
-    """Pairs that see each other, by the mechanism's own account of the pattern."""
-    sees = mechanism().sees
-    assert sees is not None
-    if not row.backward:
-        return row.B * row.S
-    lengths = row.lengths or (row.T,) * row.B
-    return sum(round(sees(policy(row), length)[1] * length**2) for length in lengths)
 
 
 def measure(
+    bench: Bench,
     row: Row,
     contestants: Sequence[Contestant],
     clock: Clock,
@@ -117,21 +48,23 @@ def measure(
     With `only`, those of these names take part, and the planned kernel.
     """
     taking = _Row(row, clock)
-    inputs = taking.attempt(lambda: Inputs(row, str(clock.device), dtype))
+    inputs = taking.attempt(lambda: bench.inputs(row, str(clock.device), dtype))
     chain: tuple[str, ...] = ()
     back: tuple[str, ...] = ()
     if isinstance(inputs, Problem):
         for contestant in contestants:
             taking.cells[contestant.name] = taking.without(contestant, inputs)
     else:
-        chain, back = planned(inputs), planned(inputs, "backward") if row.backward else ()
+        chain = bench.planned(inputs, "forward")
+        back = bench.planned(inputs, "backward") if row.backward else ()
         for contestant in contestants:
             if only is None or contestant.name in (*only, *chain[:1], *back[:1]):
                 taking.warm(contestant, inputs)
         if chain and (back[:1] not in ((), chain[:1]) or not taking.ran(chain[0])):
-            taking.warm(member(AUTO), inputs)  # what is run is a pair of kernels
+            taking.warm(bench.auto, inputs)  # what is run is a pair of kernels
         taking.time(repeats)
-    return Measured(row, dtype.itemsize, visible_pairs(row), chain, taking.cells, taking.lost, back)
+    count = bench.count(row, dtype.itemsize)
+    return Measured(row, dtype.itemsize, count, chain, taking.cells, taking.lost, back)
 
 
 class _Row:
@@ -187,12 +120,10 @@ class _Row:
         return cell.host if taken is None or isinstance(taken, Problem) else {**cell.host, way: taken}
 
     def _forward(self, call: Call, inputs: Inputs) -> tuple[float, int | None] | Problem:
-        out = call.ours(call.forward()).detach()
-        if inputs.row.layout == "padded":
-            out = out * inputs.real[:, :, None, None]
+        out = inputs.compared(call.ours(call.forward()).detach())
         if self.first is None:
             self.first = out
-        apart = float((out.float() - self.first.float()).norm() / self.first.float().norm())
+        apart = _apart(out, self.first)
         if not apart < APART:
             return Problem("another function", f"its output is {apart:.2g} of ours away from it")
         peak = self.clock.peak(call.forward)
@@ -249,6 +180,21 @@ class _Row:
         if not self.lost:
             self.clock.free()
         return problem
+
+
+def _apart(out: Tensor, first: Tensor) -> float:
+    """How far an output (B, T, …) is from the first one, as a share of it, in the root mean square.
+
+    Raises ValueError where their shapes differ.
+    """
+    if out.shape != first.shape:
+        raise ValueError(f"its output is {tuple(out.shape)}, where ours is {tuple(first.shape)}")
+    step = max(1, COMPARED * out.shape[1] // out.numel())
+    squares = torch.zeros(2, dtype=torch.float64, device=out.device)
+    for found, ours in zip(out.split(step, 1), first.split(step, 1), strict=True):
+        wide = ours.float()
+        squares += torch.stack([(found.float() - wide).norm(), wide.norm()]).double().square()
+    return float((squares[0] / squares[1]).sqrt())
 
 
 def _problem(error: Exception) -> Problem:

@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attncompiler.bench.attention.contestants import AUTO
-from attncompiler.bench.attention.grid import Cell, Measured, Problem, Way
+from attncompiler.bench.grid.bench import Bench, Comparison
+from attncompiler.bench.grid.cells import WAYS, Cell, Measured, Problem, Way, median
+from attncompiler.bench.grid.contestants import AUTO
+from attncompiler.bench.grid.units import Unit
 from attncompiler.bench.measure import Samples
 from attncompiler.bench.report import mib
 
-BEST, NEAR = "FA2", 0.97
-"""the peer whose ratio is given beside that to the best; the share of the best member's speed that a plan must have"""
-WAYS: tuple[Way, ...] = ("forward", "both")
-BOTH = 3.5
-"""FLOPs of forward and backward over those of the forward"""
+NEAR = 0.97
+"""the share of the best member's speed that a plan must have"""
 NOTHING = "–"
 SHORT = {
     "refused": NOTHING,
@@ -38,22 +37,18 @@ class Table:
     """the columns of numbers"""
 
 
-def median(cell: Cell | None, way: str) -> float | None:
-    """Seconds, where there are some."""
-    taken = getattr(cell, way, None)
-    return taken.median if isinstance(taken, Samples) else None
-
-
-def ratios(result: Measured) -> dict[str, dict[str, float | None]]:
-    """How fast the planned kernel is, as a share: of the best peer, of FA2, and of the best member; by way."""
-    found: dict[str, dict[str, float | None]] = {"best_peer": {}, "fa2": {}, "best_member": {}}
+def ratios(result: Measured, rival: str | None = None) -> dict[str, dict[str, float | None]]:
+    """How fast the planned kernel is, as a share: of the best peer, of the rival, and of the best member; by way."""
+    named = {} if rival is None else {rival: rival.lower()}
+    found: dict[str, dict[str, float | None]] = {"best_peer": {}, **{key: {} for key in named.values()}}
+    found["best_member"] = {}
     for way in WAYS:
         ours = median(result.plan, way)
         times = {name: seconds for name, cell in result.cells.items() if (seconds := median(cell, way))}
         peers = {name: seconds for name, seconds in times.items() if result.cells[name].role == "peer"}
         against = {
             "best_peer": min(peers.values(), default=None),
-            "fa2": peers.get(BEST),
+            **{key: peers.get(name) for name, key in named.items()},
             "best_member": min((seconds for name, seconds in times.items() if name not in peers), default=None),
         }
         for name, theirs in against.items():
@@ -61,6 +56,12 @@ def ratios(result: Measured) -> dict[str, dict[str, float | None]]:
         if against["best_member"] and not ours:
             found["best_member"][way] = 0.0  # a kernel runs, and what is planned does not
     return found
+
+
+def floor_shares(result: Measured, copy_rate: float | None) -> dict[Way, float]:
+    """How long a copy of what the row must move takes, as a share of the planned kernel's time; by way."""
+    times = {way: (size, median(result.plan, way)) for way, size in result.count.floor.items()}
+    return {way: size / copy_rate / taken for way, (size, taken) in times.items() if copy_rate and taken}
 
 
 def short_of(result: Measured) -> tuple[str, ...]:
@@ -71,63 +72,54 @@ def short_of(result: Measured) -> tuple[str, ...]:
 # --- for people ---------------------------------------------------------------------------------------------------
 
 
-def tables(group: str, results: Sequence[Measured], copy_rate: float | None) -> Iterator[Table]:
-    """Of one group: the speed of everyone, how the planned kernel compares, and why cells are empty."""
-    unit, scale = ("GB/s", 1e9) if copy_rate else _unit(results)
+def tables(bench: Bench, group: str, results: Sequence[Measured], copy_rate: float | None) -> Iterator[Table]:
+    """Of one group: the speed of everyone, how the planned kernel compares, and why cells are empty.
+
+    `copy_rate` is the bytes a second of a copy, where it was measured.
+    """
+    unit = bench.unit(results, copy_rate)
     names = list(dict.fromkeys(name for result in results for name in result.cells))
     timed = [name for name in names if any(median(result.cells.get(name), "forward") for result in results)]
     backward = any(result.row.backward for result in results)
     speeds = []
     for result in results:
-        cells = [_speeds(result, result.cells.get(name), scale, decode=bool(copy_rate)) for name in timed]
-        speeds.append((result.row.name, *cells))
+        speeds.append((result.row.name, *(_speeds(result, result.cells.get(name), unit) for name in timed)))
     what = "forward / forward + backward" if backward else "forward"
-    beside = f", of k and v read; a copy moves {copy_rate / 1e9:,.0f}" if copy_rate else ""
-    yield Table(f"{group}: {unit}, {what}{beside}", (group, *timed), tuple(speeds), tuple(timed))
-    yield _verdicts(group, results)
+    beside = f", {unit.note}" if unit.note else ""
+    yield Table(f"{group}: {unit.name}, {what}{beside}", (group, *timed), tuple(speeds), tuple(timed))
+    yield _verdicts(bench, group, results, copy_rate)
     notes = tuple(_notes(results))
     if notes:
         yield Table("", ("without a time", "what", "in", "because"), notes)
 
 
-def _unit(results: Sequence[Measured]) -> tuple[str, float]:
-    rates = [result.flops / seconds for result in results if (seconds := median(result.plan, "forward"))]
-    return ("TFLOP/s", 1e12) if max(rates, default=0) > 2e12 else ("GFLOP/s", 1e9)
-
-
-def _speeds(result: Measured, cell: Cell | None, scale: float, *, decode: bool) -> str:
+def _speeds(result: Measured, cell: Cell | None, unit: Unit) -> str:
     if cell is None:
         return ""
-    work: dict[str, float] = {"forward": result.flops, "both": BOTH * result.flops}
-    if decode:
-        work = {"forward": result.key_bytes}
+    taken = {way: getattr(cell, way) for way in WAYS}
     shown = [
-        _speed(getattr(cell, way), amount / scale) for way, amount in work.items() if getattr(cell, way) is not None
+        SHORT[each.kind] if isinstance(each, Problem) else _digits(unit.shown(result, way, each.median))
+        for way, each in taken.items()
+        if each is not None
     ]
     return shown[0] if len(set(shown)) == 1 and shown[0] in SHORT.values() else "/".join(shown)
-
-
-def _speed(taken: Samples | Problem, work: float) -> str:
-    if isinstance(taken, Problem):
-        return SHORT[taken.kind]
-    return _digits(work / taken.median)
 
 
 def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _verdicts(group: str, results: Sequence[Measured]) -> Table:
+def _verdicts(bench: Bench, group: str, results: Sequence[Measured], copy_rate: float | None) -> Table:
     """A line for each row; what nobody has (memory on a CPU, peers that were not asked) has no column."""
-    lines = [_verdict(result) for result in results]
+    lines = [_verdict(result, bench.rival, copy_rate) for result in results]
     heads = [head for head in lines[0] if any(line[head] != NOTHING for line in lines)]
     return Table(
         "", (group, *heads[1:]), tuple(tuple(line[head] for head in heads) for line in lines), tuple(heads[2:])
     )
 
 
-def _verdict(result: Measured) -> dict[str, str]:
-    found, plan = ratios(result), result.plan
+def _verdict(result: Measured, rival: str | None, copy_rate: float | None) -> dict[str, str]:
+    found, plan = ratios(result, rival), result.plan
     name = result.chain[0] if result.chain else "none"
     if AUTO in result.cells:
         apart = result.backward[:1] != result.chain[:1]
@@ -142,7 +134,8 @@ def _verdict(result: Measured) -> dict[str, str]:
         "host ms": _pair({way: 1e3 * plan.host[way] for way in WAYS if way in plan.host} if plan else {}),
         "of best member": _pair(found["best_member"]) + (" !" if short_of(result) else ""),
         "over best peer": _pair(found["best_peer"]),
-        f"over {BEST}": _pair(found["fa2"]),
+        **({} if rival is None else {f"over {rival}": _pair(found[rival.lower()])}),
+        "of floor": _pair(floor_shares(result, copy_rate)),
         "MiB": _mib(plan),
         "best peer's": _mib(best),
     }
@@ -155,7 +148,7 @@ def _planned(plan: Cell | None, shown: Callable[[Samples], str]) -> str:
     return " / ".join(known) or NOTHING
 
 
-def _pair(by_way: Mapping[str, float | None]) -> str:
+def _pair(by_way: Mapping[Any, float | None]) -> str:
     known = [f"{ratio:.2f}" for ratio in by_way.values() if ratio is not None]
     return " / ".join(known) or NOTHING
 
@@ -177,50 +170,58 @@ def _notes(results: Sequence[Measured]) -> Iterator[tuple[str, ...]]:
         yield name, kind, "all" if len(rows) == len(results) else ", ".join(rows), reason
 
 
+def lines(comparisons: Sequence[Comparison]) -> Iterator[str]:
+    """Each in words."""
+    for comparison in comparisons:
+        yield f"{comparison.what}: {_pair(comparison.ratio)}"
+
+
 # --- for machines -------------------------------------------------------------------------------------------------
 
 
-def as_data(result: Measured) -> dict[str, Any]:
-    """Everything of one row."""
-    row = result.row
+def as_data(bench: Bench, result: Measured, copy_rate: float | None) -> dict[str, Any]:
+    """Everything of one row. Of a bench whose rows have a floor, `share_of_floor` where a copy was measured."""
     return {
-        "row": row.id,
-        **{name: getattr(row, name) for name in ("B", "T", "S", "H", "K", "D", "layout")},
-        "lengths": list(row.lengths),
-        "pattern": dict(row.pattern),
-        "pairs": result.pairs,
-        "forward_flops": result.flops,
-        "key_bytes": result.key_bytes,
+        "row": result.row.id,
+        **bench.facts(result),
         "planned": result.chain[0] if result.chain else None,
         "chain": list(result.chain),
         "planned_backward": result.backward[0] if result.backward else None,
-        "cells": {name: _cell_data(cell, result.flops) for name, cell in result.cells.items()},
-        "planned_over": ratios(result),
+        "cells": {name: _cell_data(cell, result) for name, cell in result.cells.items()},
+        "planned_over": ratios(result, bench.rival),
+        **({"share_of_floor": floor_shares(result, copy_rate)} if result.count.floor else {}),
         "short_of_best_member": list(short_of(result)),
         "device_lost": result.lost,
     }
 
 
-def _cell_data(cell: Cell, flops: int) -> dict[str, Any]:
-    ways = {"forward": flops, "both": BOTH * flops}
+def comparison_data(comparison: Comparison) -> dict[str, Any]:
+    """One comparison of rows."""
+    return {"what": comparison.what, **{str(way): ratio for way, ratio in comparison.ratio.items()}}
+
+
+def _cell_data(cell: Cell, result: Measured) -> dict[str, Any]:
     return {
         "role": cell.role,
-        **{way: _taken_data(getattr(cell, way), work) for way, work in ways.items()},
+        **{way: _taken_data(getattr(cell, way), way, result) for way in WAYS},
         "peak_bytes": cell.peak_bytes,
         "host_seconds": dict(cell.host),
     }
 
 
-def _taken_data(taken: Samples | Problem | None, work: float) -> dict[str, Any] | None:
+def _taken_data(taken: Samples | Problem | None, way: Way, result: Measured) -> dict[str, Any] | None:
     if isinstance(taken, Problem):
         return {"problem": taken.kind, "reason": taken.reason}
     if taken is None:
         return None
+    count = result.count
     return {
         "seconds": taken.median,
         "fastest": taken.fastest,
         "slowest": taken.slowest,
         "spread": taken.spread,
         "turns": len(taken.seconds),
-        "flops_per_second": work / taken.median,
+        "flops_per_second": count.flops[way] / taken.median,
+        **({"bytes_per_second": count.floor[way] / taken.median} if way in count.floor else {}),
+        **({"seconds_per_token": taken.median / count.tokens} if count.tokens else {}),
     }
