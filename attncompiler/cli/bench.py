@@ -82,6 +82,38 @@ def attention(
     _run(BENCH, rows, peers, only, device, dtype, repeats, format, saved if save else None)
 
 
+@app.command("linear", cls=Verb)
+def linear(
+    rows: Rows = None,
+    peers: Annotated[bool, typer.Option("--peers", help="also time fla's kernels, or on a CPU the plain form")] = False,
+    only: Only = None,
+    device: Device = None,
+    dtype: DTypeOption = None,
+    repeats: Repeats = 60,
+    format: AsFormat = Format.text,
+) -> None:
+    """Time every kernel of linear attention's chain, the planned one and its peers, row by row, in turns."""
+    from attncompiler.bench.linear.bench import BENCH
+
+    _run(BENCH, rows, peers, only, device, dtype, repeats, format)
+
+
+@app.command("mamba", cls=Verb)
+def mamba(
+    rows: Rows = None,
+    peers: Annotated[bool, typer.Option("--peers", help="also time mamba-ssm's kernels, on a GPU")] = False,
+    only: Only = None,
+    device: Device = None,
+    dtype: DTypeOption = None,
+    repeats: Repeats = 60,
+    format: AsFormat = Format.text,
+) -> None:
+    """Time every kernel of Mamba's and Mamba-2's chains, the planned ones and their peers, row by row, in turns."""
+    from attncompiler.bench.mamba.bench import BENCH
+
+    _run(BENCH, rows, peers, only, device, dtype, repeats, format)
+
+
 def _run(
     bench: Bench,
     rows: Sequence[str] | None,

@@ -1,0 +1,111 @@
+"""What is measured, as data. Nothing here imports torch.
+
+Symbols: B sequences, T tokens, E channels, N state size, H heads, P their width, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from attncompiler.bench.grid.operands import Operands, Shape, TimedRow
+
+WIDE = frozenset({"a", "d", "dt_bias", "initial_state"})
+STATES = frozenset({"initial_state"})
+
+
+@dataclass(frozen=True)
+class Row(TimedRow):
+    """One row: a call of Mamba's scan or of Mamba-2; one token is a decoding step from a state."""
+
+    N: int = 16
+
+    @property
+    def mechanism(self) -> str:
+        """Whose call it is."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Scan(Row):
+    """Mamba's (S6), with D, z, dt_bias and softplus."""
+
+    E: int = 4096
+
+    @property
+    def mechanism(self) -> str:
+        return "mamba"
+
+    @property
+    def operands(self) -> Operands:
+        channels, groups = (self.B, self.T, self.E), (self.B, self.T, 1, self.N)
+        given: dict[str, Shape] = {
+            **dict.fromkeys(("u", "dt", "z"), channels),
+            **dict.fromkeys(("b", "c"), groups),
+            "a": (self.E, self.N),
+            **dict.fromkeys(("d", "dt_bias"), (self.E,)),
+        }
+        return _operands(given, channels, (self.B, self.E, self.N) if self.step else None)
+
+
+@dataclass(frozen=True)
+class Duality(Row):
+    """Mamba-2's (SSD), with D, dt_bias and softplus, without a gate."""
+
+    N: int = 128
+    H: int = 64
+    P: int = 64
+    G: int = 1
+
+    @property
+    def mechanism(self) -> str:
+        return "mamba2"
+
+    @property
+    def operands(self) -> Operands:
+        heads, groups = (self.B, self.T, self.H), (self.B, self.T, self.G, self.N)
+        given: dict[str, Shape] = {
+            "x": (*heads, self.P),
+            "dt": heads,
+            **dict.fromkeys(("b", "c"), groups),
+            **dict.fromkeys(("a", "d", "dt_bias"), (self.H,)),
+        }
+        return _operands(given, (*heads, self.P), (self.B, self.H, self.P, self.N) if self.step else None)
+
+
+def _operands(given: dict[str, Shape], out: Shape, state: Shape | None) -> Operands:
+    if state is None:
+        return Operands(given, out, WIDE)
+    return Operands({**given, "initial_state": state}, out, WIDE, states=STATES)
+
+
+def _lengths(kind: type[Row], group: str, lengths: tuple[int, ...], longest: int, **more: Any) -> tuple[Row, ...]:
+    """The same at several lengths; those above `longest` without their backward."""
+    return tuple(kind(group, f"t{T}", T=T, forward_only=longest < T, **more) for T in lengths)
+
+
+LENGTHS = (2048, 16384, 131072, 1048576)
+
+CUDA: tuple[Row, ...] = (
+    Scan("s6", "b8-t2048-e4096", B=8, T=2048),
+    Scan("s6", "b1-t16384-e4096", T=16384),
+    Scan("s6", "b1-t131072-e2048", T=131072, E=2048),
+    *(Duality("ssd", f"b{B}-t{T}", B=B, T=T) for B, T in ((8, 2048), (1, 16384), (1, 131072))),
+    Scan("decode", "s6-b64-e4096", T=1, B=64),
+    Duality("decode", "ssd-b64", T=1, B=64),
+    # last, so that a device that is lost in the longest rows has done the others
+    *_lengths(Scan, "s6-length", LENGTHS, 131072, E=2048),
+    *_lengths(Duality, "ssd-length", LENGTHS, 131072),
+)
+
+_HEADS: dict[str, Any] = {"H": 16, "P": 32, "N": 64}
+
+CPU: tuple[Row, ...] = (
+    Scan("s6", "b1-t256-e512", T=256, E=512),
+    Scan("s6", "b1-t2048-e512", T=2048, E=512),
+    *(Duality("ssd", f"b1-t{T}-h16-p32-n64", T=T, **_HEADS) for T in (256, 2048)),
+    Scan("decode", "s6-b4-e512", T=1, B=4, E=512),
+    Duality("decode", "ssd-b4-h16-p32-n64", T=1, B=4, **_HEADS),
+    *_lengths(Scan, "s6-length", (512, 2048, 8192), 8192, E=256),
+    *_lengths(Duality, "ssd-length", (512, 2048, 8192), 8192, **_HEADS),
+)
