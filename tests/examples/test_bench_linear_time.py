@@ -240,6 +240,7 @@ class Fla:
         output_final_state: bool = False,
     ) -> Any:
         assert (g is None) != (g_gamma is None)
+        assert g.shape == q.shape[:3] if g_gamma is None else g_gamma.shape == q.shape[2:3]
         return recurrent(q, k, v, g_gamma if g is None else g, scale, initial_state)
 
     fused_recurrent_simple_gla = chunk_simple_gla
