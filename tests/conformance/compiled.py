@@ -132,40 +132,43 @@ def recurrent_rows(mechanism: str, few: bool) -> Iterator[dict[str, Any]]:
     }[mechanism]
     for dtype in (torch.float32, torch.bfloat16) if few else (torch.float32, torch.bfloat16, torch.float16):
         for width in (first,) if few else (first, 128, 256):
-            for more in (True,) if few else (False, True):
-                tensors, options = makes(dtype, width, more)
+            for tokens, more in ((2048, True), (16, True)) if few else ((2048, False), (2048, True), (16, True)):
+                tensors, options, states = makes(dtype, width, tokens, more)
                 if more:
-                    tensors["segment_ids"] = torch.zeros(1, 2048, dtype=torch.int64)
-                    tensors["attention_mask"] = torch.ones(1, 2048, dtype=torch.bool)
+                    tensors["segment_ids"] = torch.zeros(1, tokens, dtype=torch.int64)
+                    tensors["attention_mask"] = torch.ones(1, tokens, dtype=torch.bool)
+                if tokens == 16:  # one group, and what a state brings
+                    tensors |= {f"initial_{name}": state for name, state in states.items()}
                 found: list[Any] = []
                 with compiling(found):
                     outputs = module.forward(tensors, options)
                     module.backward({"out": outputs["out"]}, tensors, outputs, options)
                 for name, made in found:
-                    yield {**row_of(name, made, dtype, width), "tokens": 2048, "options": sorted(tensors)}
+                    yield {**row_of(name, made, dtype, width), "tokens": tokens, "options": sorted(tensors)}
 
 
-def linear_call(dtype: torch.dtype, width: int, more: bool) -> tuple[dict[str, torch.Tensor], Any]:
-    tensors = {name: torch.zeros(1, 2048, 2, width, dtype=dtype) for name in "qkv"}
+def linear_call(dtype: torch.dtype, width: int, tokens: int, more: bool) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    tensors = {name: torch.zeros(1, tokens, 2, width, dtype=dtype) for name in "qkv"}
     if more:
-        tensors["log_decay"] = torch.zeros(1, 2048, 2)
-    return tensors, LinearAttentionOptions()
+        tensors["log_decay"] = torch.zeros(1, tokens, 2)
+    states = {"s": torch.zeros(1, 2, width, width), "z": torch.zeros(1, 2, width), "m": torch.zeros(1, 2)}
+    return tensors, LinearAttentionOptions(), states
 
 
-def mamba_call(dtype: torch.dtype, width: int, more: bool) -> tuple[dict[str, torch.Tensor], Any]:
-    tensors = {name: torch.zeros(1, 2048, 1, width, dtype=dtype) for name in "bc"}
-    tensors |= {name: torch.zeros(1, 2048, 128, dtype=dtype) for name in ("u", "dt", "z")}
+def mamba_call(dtype: torch.dtype, width: int, tokens: int, more: bool) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    tensors = {name: torch.zeros(1, tokens, 1, width, dtype=dtype) for name in "bc"}
+    tensors |= {name: torch.zeros(1, tokens, 128, dtype=dtype) for name in ("u", "dt", "z")}
     tensors |= {"a": torch.zeros(128, width), "d": torch.zeros(128), "dt_bias": torch.zeros(128)}
     if more:
         tensors["initial_state"] = torch.zeros(1, 128, width)
-    return tensors, MambaOptions()
+    return tensors, MambaOptions(), {"state": torch.zeros(1, 128, width)}
 
 
-def mamba2_call(dtype: torch.dtype, width: int, more: bool) -> tuple[dict[str, torch.Tensor], Any]:
-    tensors = {name: torch.zeros(1, 2048, 1, width, dtype=dtype) for name in "bc"}
-    tensors |= {name: torch.zeros(1, 2048, 2, 64, dtype=dtype) for name in ("x", *(["z"] if more else []))}
-    tensors |= {"dt": torch.zeros(1, 2048, 2, dtype=dtype), "a": torch.zeros(2), "d": torch.zeros(2)}
-    return tensors, Mamba2Options(chunk_size=256)
+def mamba2_call(dtype: torch.dtype, width: int, tokens: int, more: bool) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    tensors = {name: torch.zeros(1, tokens, 1, width, dtype=dtype) for name in "bc"}
+    tensors |= {name: torch.zeros(1, tokens, 2, 64, dtype=dtype) for name in ("x", *(["z"] if more else []))}
+    tensors |= {"dt": torch.zeros(1, tokens, 2, dtype=dtype), "a": torch.zeros(2), "d": torch.zeros(2)}
+    return tensors, Mamba2Options(chunk_size=256), {"state": torch.zeros(1, 2, 64, width)}
 
 
 def row_of(name: str, made: Any, dtype: torch.dtype, width: int) -> dict[str, Any]:

@@ -180,10 +180,12 @@ def pass_kernel(
     else:
         more = tl.zeros([1], tl.float32)
     if ROWS:
-        if step > 0:
-            state, more = read_state(states, both * (groups - 1) + step - 1, first, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
-        elif initial is not None:
+        if initial is not None and step == 0:
             state, more = read_state(initial, both, first, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
+        if states is not None:
+            if step > 0:
+                at = both * (groups - 1) + step - 1
+                state, more = read_state(states, at, first, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
 
     kept = 1.0
     for i in range(step * chunks, tl.minimum((step + 1) * chunks, behind)):
