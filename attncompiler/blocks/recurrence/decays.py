@@ -49,8 +49,7 @@ def decay_gradient(rows: Found, columns: Found, met: Tensor | None, T: int, runs
         here = slice(chunk, None, groups.chunks)
         size = ends[..., here].shape[-1]
         first = first[..., :size] if fresh is None else first[..., :size].masked_fill(fresh[..., here], 0)
-        passing[..., here] = first - ends[..., here]
+        leaving = first - ends[..., here]
+        passing[..., here] = leaving if ending is None else leaving.masked_fill(ending[..., here], 0)
         first = passing[..., here] + begins[..., here]
-    if ending is not None:
-        passing = passing.masked_fill(ending, 0)
     return (local + passing[..., None]).flatten(-2)[..., :T].transpose(1, 2)

@@ -14,9 +14,9 @@ from torch import Tensor
 from attncompiler.blocks.gpu import Device, device_of
 from attncompiler.blocks.recurrence.passes import (
     Added,
-    Finish,
     Operand,
     Result,
+    Skip,
     carry_kernel,
     pass_kernel,
     products_kernel,
@@ -180,6 +180,8 @@ def precision(dtype: torch.dtype) -> str:
 
 
 NOTHING_ADDED = Added(None, None)
+NOWHERE = Operand(None, 0, 0, 0, 1, None)
+"""No operand. It is no field of another tuple: Triton 3.6 forgets which fields of those are None."""
 
 
 def run(
@@ -234,8 +236,8 @@ def run(
     behind = torch.empty(B, H, M, **wide) if final else None
     between = states = None
     source = (raw or Side(out)).argument()
-    skip_head, skip_width = (0, 0) if skip is None else skip.stride()
-    finish = Finish(skip, skip_head, skip_width, None if z is None else z.argument())
+    gate = NOWHERE if z is None else z.argument()
+    skipped = Skip(None, 0, 0) if skip is None else Skip(skip, *skip.stride())
     arguments: dict[str, Any] = {
         "MAP_X": x.map,
         "MAP_Y": y.map,
@@ -257,7 +259,7 @@ def run(
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    sides = (x.argument(), y.argument(), u.argument(), source, added, order.argument(), finish)
+    sides = (x.argument(), y.argument(), u.argument(), source, gate, added, order.argument(), skipped)
     chunks = groups.count * groups.chunks if reverse else triton.cdiv(T, tiles.tokens)
     sizes = (T, H)
     if groups.count > 1:

@@ -31,15 +31,13 @@ class Added(NamedTuple):
     columns: Any
 
 
-class Finish(NamedTuple):
-    """What is done to `out` at last: skip · raw is added, and it is multiplied by silu(z)."""
+class Skip(NamedTuple):
+    """What is added to `out` at last: skip · raw."""
 
-    skip: Any
+    ptr: Any
     """(H, W) by strides, fp32; None where there is none"""
-    skip_head: Any
-    skip_width: Any
-    z: Any
-    """an Operand (B, T, H, W); None where there is none"""
+    head: Any
+    width: Any
 
 
 class Result(NamedTuple):
@@ -150,7 +148,7 @@ SIZES = ("T", "H", "groups", "chunks", "behind", "eps", "scale")
 
 @triton.jit(do_not_specialize=SIZES)
 def pass_kernel(
-    x, y, u, raw, added, times, finish, initial, states, through_of, result, T, H, groups, chunks, behind, eps, scale,
+    x, y, u, raw, gate, added, times, skip, initial, states, through_of, result, T, H, groups, chunks, behind, eps, scale,
     MAP_X: tl.constexpr, MAP_Y: tl.constexpr, MAP_U: tl.constexpr, SLOPE: tl.constexpr, EXTRA: tl.constexpr,
     NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, PASSING: tl.constexpr, ROWS: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -162,7 +160,7 @@ def pass_kernel(
     begins from nothing and leaves what its group adds in `states`, and what it keeps of the state before it in
     `through_of`. In reverse it goes from chunk `behind` − 1, the last or one of those without tokens that fill the last
     group, to the first. EXTRA is one width more: of u, whose numbers are 1 and whose
-    sums are `total`; or of x and y, `added`.
+    sums are `total`; or of x and y, `added`. `out` is multiplied by silu of `gate` at last, an operand (B, T, H, W).
     """
     # programs that read the same x and y are beside each other
     BLOCKS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
@@ -240,11 +238,11 @@ def pass_kernel(
                 if first == 0:
                     tl.store(result.total + (b.to(tl.int64) * T + t) * H + h, total, mask=t < T)
             w = first + tl.arange(0, BLOCK_W)
-            if finish.skip is not None:
-                skip = tl.load(finish.skip + h * finish.skip_head + w * finish.skip_width, mask=w < W, other=0.0)
-                found += skip[None, :] * raw_tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
-            if finish.z is not None:
-                z = raw_tile(finish.z, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
+            if skip.ptr is not None:
+                share = tl.load(skip.ptr + h * skip.head + w * skip.width, mask=w < W, other=0.0)
+                found += share[None, :] * raw_tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
+            if gate.ptr is not None:
+                z = raw_tile(gate, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
                 found *= z * tl.sigmoid(z)
             found = tl.where(real[:, None], found * scale, 0.0)
             if result.factor is not None:
