@@ -14,27 +14,28 @@ from torch import Tensor
 from attncompiler.blocks.gpu import Device, device_of
 from attncompiler.blocks.recurrence.passes import (
     Added,
+    Factors,
     Operand,
     Result,
     Skip,
     carry_kernel,
+    features_kernel,
     pass_kernel,
     products_kernel,
 )
 from attncompiler.blocks.recurrence.weights import Times
 
 Map = Literal["none", "elu", "relu"]
+"""A feature map, of which that of all numbers to themselves is none."""
 WIDEST = 256
 """numbers of a row or column at most: they are multiplied in one piece"""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """x, y or u: (B, T, H / share, width), with the feature map and the factor (B, T, H) that it comes by."""
+    """x, y or u: (B, T, H / share, width)."""
 
     tensor: Tensor
-    map: Map = "none"
-    factor: Tensor | None = None
     share: int = 1
 
     @property
@@ -44,7 +45,7 @@ class Side:
     def argument(self) -> Operand:
         tensor = self.tensor if self.tensor.stride(-1) == 1 else self.tensor.contiguous()
         batch, token, head, _ = tensor.stride()
-        return Operand(tensor, batch, token, head, self.share, self.factor)
+        return Operand(tensor, batch, token, head, self.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class Found:
 
 LEAST_TOKENS = 16
 """of a chunk: a product of matrices has at least so many rows"""
-WARPGROUPS = (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))
+WARPGROUPS = (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))
 """for bf16 on Hopper, whose products read shared memory, best first"""
 WARPS = (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))
 """for bf16 elsewhere: operands lie in registers"""
@@ -148,7 +149,7 @@ def tiles_for(device: Device, dtype: torch.dtype, K: int, W: int) -> Tiles:
     return tiles
 
 
-MOST_CHUNKS, FEWEST_CHUNKS, WAVES = 64, 8, 3
+MOST_CHUNKS, FEWEST_CHUNKS, WAVES, ENOUGH = 64, 8, 3, 1.5
 """Chunks of a group: at most, since a program goes through them one after the other; at least, since a state between
 two groups is written and read; and programs for each multiprocessor that are enough."""
 
@@ -163,7 +164,9 @@ def groups_for(device: Device, programs: int, T: int, tiles: Tiles, most: int = 
     chunks = triton.cdiv(T, tiles.tokens)
     if device.interpreted:  # short sequences have several groups too
         return Groups(triton.cdiv(chunks, 2), 2, tiles.tokens)
-    wanted = max(1, math.ceil(WAVES * device.multiprocessors / programs))
+    enough = programs >= ENOUGH * device.multiprocessors  # a state between two groups costs a pass of its own
+    wanted = 1 if enough else max(1, math.ceil(WAVES * device.multiprocessors / programs))
+    most = chunks if enough and most == MOST_CHUNKS else most
     each = min(chunks, most, max(FEWEST_CHUNKS, triton.cdiv(chunks, wanted)))
     return Groups(triton.cdiv(chunks, each), each, tiles.tokens)
 
@@ -179,8 +182,8 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
-NOTHING_ADDED = Added(None, None)
-NOWHERE = Operand(None, 0, 0, 0, 1, None)
+NOTHING_ADDED, NO_FACTORS = Added(None, None), Factors(None, None)
+NOWHERE = Operand(None, 0, 0, 0, 1)
 """No operand. It is no field of another tuple: Triton 3.6 forgets which fields of those are None."""
 
 
@@ -194,6 +197,7 @@ def run(
     reverse: bool = False,
     extra: Literal["none", "total", "added"] = "none",
     added: Added = NOTHING_ADDED,
+    factors: Factors = NO_FACTORS,
     normalize: bool = False,
     eps: float = 0.0,
     scale: float = 1.0,
@@ -206,19 +210,22 @@ def run(
     most_tokens: int | None = None,
     initial: Tensor | None = None,
     final: bool = False,
+    dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Found:
     """One pass over all tokens: out (B, T, H, W) of x (B, T, H, K), y (…, K) and u (…, W), as the package says.
 
-    `extra` is one width more: "total", of u, by numbers 1; or "added", of x and y, by `added`. `raw` (B, T, H, W) is
-    what a feature map was taken of, whose `slope` is multiplied onto out, and whose features `dots` are products with:
-    of out, or of what is needed for the gradient of decays.
-    `skip` (H, W), fp32, times `raw` is added to out, and silu of `z` (B, T, H, W) multiplied onto it; so is `factor`
-    (B, T, H), fp32, and onto nothing else. `most_tokens` bounds a chunk, as far as its tiles can be so small.
+    `factors` are what the tokens of x are multiplied by, and those of y. `extra` is one width more: "total", of u, by
+    numbers 1; or "added", of x and y, by `added`. `raw` (B, T, H, W) are features, whose map's `slope` is multiplied
+    onto out, and whose products are `dots`: with out, or with what is needed for the gradient of decays.
+    Then out is multiplied by `factor` (B, T, H), fp32; `skip` (H, W), fp32, times u is added to it; and silu of `z`
+    (B, T, H, W) multiplied onto it. `most_tokens` bounds a chunk, as far as its tiles can be so small.
     `initial` (B, H, M) is the state that the first token met sees, M being K·W and the width of `extra`'s sums.
+    Products are of numbers as good as `dtype`'s, which is u's unless another is said, and so is out.
     """
     B, T = x.tensor.shape[:2]
-    K, W, dtype, device = x.width, u.width, x.tensor.dtype, x.tensor.device
+    K, W, device = x.width, u.width, x.tensor.device
+    dtype = dtype or u.tensor.dtype
     M = K * W + {"none": 0, "total": K, "added": W}[extra]
     facts = device_of(device)
     tiles = tiles_for(facts, dtype, K, W)
@@ -239,9 +246,6 @@ def run(
     gate = NOWHERE if z is None else z.argument()
     skipped = Skip(None, 0, 0) if skip is None else Skip(skip, *skip.stride())
     arguments: dict[str, Any] = {
-        "MAP_X": x.map,
-        "MAP_Y": y.map,
-        "MAP_U": u.map,
         "SLOPE": slope,
         "EXTRA": extra,
         "NORMALIZE": normalize,
@@ -259,7 +263,7 @@ def run(
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }
-    sides = (x.argument(), y.argument(), u.argument(), source, gate, added, order.argument(), skipped)
+    sides = (x.argument(), y.argument(), u.argument(), source, gate, added, factors, order.argument(), skipped)
     chunks = groups.count * groups.chunks if reverse else triton.cdiv(T, tiles.tokens)
     sizes = (T, H)
     if groups.count > 1:
@@ -280,13 +284,49 @@ def run(
     return Found(out, total, None if products is None else products.sum(1), behind, states, groups)
 
 
-def products(x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
-    """factor · x·y of each token and head, (B, T, H) in fp32, of x and y (B, T, H, W) and a contiguous fp32 factor."""
-    B, T, H, W = x.shape
-    wide = max(16, triton.next_power_of_2(W))
-    tokens = max(1, 4096 // wide)
-    out = torch.empty(B, T, H, dtype=torch.float32, device=x.device)
-    products_kernel[(triton.cdiv(T, tokens) * B * H,)](
-        Side(x).argument(), Side(y).argument(), factor, out, T, H, C=tokens, W=W, BLOCK_W=wide
+NUMBERS = 4096
+"""of a program that goes through tokens one by one"""
+
+
+def features(q: Tensor, k: Tensor, map: Map) -> tuple[Tensor, Tensor]:
+    """φ(q) and φ(k), (B, T, H, K), as they are multiplied: those of fp16 numbers leave its range."""
+    if map == "none":
+        return q, k
+    B, T, H, K = q.shape
+    dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+    found = [torch.empty(B, T, H, K, dtype=dtype, device=q.device) for _ in "qk"]
+    wide = max(16, triton.next_power_of_2(K))
+    tokens = max(1, NUMBERS // wide)
+    features_kernel[(2 * triton.cdiv(T, tokens) * B * H,)](
+        Side(q).argument(), Side(k).argument(), *found, T, H, MAP=map, C=tokens, K=K, BLOCK_K=wide
     )
+    return found[0], found[1]
+
+
+def products(x: Tensor, y: Tensor, real: Tensor | None = None) -> Tensor:
+    """x·y of each token and head, (B, T, H) in fp32, of x and y (B, T, H, W); 0 where `real` (B, T) is not."""
+    return _products(x, y, None, 1.0, real, None)
+
+
+def divided(
+    dout: Tensor, out: Tensor, divisor: Tensor, scale: float, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of numerator and divisor, (B, T, H, W) as they are multiplied and (B, T, H) in fp32, of
+    out (B, T, H, W) = scale · numerator / divisor; 0 where `real` (B, T) is not."""
+    dtype = torch.float32 if dout.dtype == torch.float16 else dout.dtype
+    numerator = torch.empty(dout.shape, dtype=dtype, device=dout.device)
+    return numerator, _products(dout, out, divisor.contiguous(), scale, real, numerator)
+
+
+def _products(
+    x: Tensor, y: Tensor, divisor: Tensor | None, scale: float, real: Tensor | None, numerator: Tensor | None
+) -> Tensor:
+    B, T, H, W = x.shape
+    out = torch.empty(B, T, H, dtype=torch.float32, device=x.device)
+    wide = max(16, triton.next_power_of_2(W))
+    tokens = max(1, NUMBERS // wide)
+    there = None if real is None else real.contiguous().view(torch.uint8)
+    sides = Side(x).argument(), Side(y).argument()
+    programs = triton.cdiv(T, tokens) * B * H
+    products_kernel[(programs,)](*sides, divisor, there, out, numerator, T, H, scale, C=tokens, W=W, BLOCK_W=wide)
     return out

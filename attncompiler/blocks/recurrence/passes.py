@@ -11,17 +11,13 @@ from attncompiler.blocks.recurrence.weights import is_real, weights_of
 
 
 class Operand(NamedTuple):
-    """x, y or u (B, T, heads, width) by its strides; `share` heads of the call read one of its own.
-
-    `factor` (B, T, H), fp32 and contiguous, is what each token is multiplied by; None where that is 1.
-    """
+    """x, y or u (B, T, heads, width) by its strides; `share` heads of the call read one of its own."""
 
     ptr: Any
     batch: Any
     token: Any
     head: Any
     share: Any
-    factor: Any
 
 
 class Added(NamedTuple):
@@ -31,8 +27,15 @@ class Added(NamedTuple):
     columns: Any
 
 
+class Factors(NamedTuple):
+    """What x's tokens are multiplied by, and y's: (B, T, H), fp32; None where that is 1."""
+
+    rows: Any
+    columns: Any
+
+
 class Skip(NamedTuple):
-    """What is added to `out` at last: skip · raw."""
+    """What is added to `out` at last: this share of u."""
 
     ptr: Any
     """(H, W) by strides, fp32; None where there is none"""
@@ -48,8 +51,8 @@ class Result(NamedTuple):
     total: Any
     """(B, T, H): Σ_c w x·y, plus eps and as the divisor of `out` where it is normalised"""
     dots: Any
-    """(2, blocks of W, B, H, T): the raw operand's features times what the state gives of out; and times what the chunk
-    gives, or, PASSING and not in reverse, the pairs of a chunk that have the token behind them and their row ahead"""
+    """(2, blocks of W, B, H, T): the raw operand times what the state gives of out; and times what the chunk gives, or,
+    PASSING and not in reverse, the pairs of a chunk that have the token behind them and their row ahead"""
     factor: Any
     """(B, T, H): what a token's numbers are multiplied by in `out`, fp32"""
     final: Any
@@ -61,19 +64,15 @@ def mapped(x, MAP: tl.constexpr):
     """φ(x)."""
     if MAP == "elu":
         x = tl.where(x > 0, x + 1, tl.exp(tl.where(x > 0, 0.0, x)))  # a GPU's minimum and maximum swallow NaN
-    elif MAP == "relu":
+    else:
         x = tl.where(x < 0, 0.0, x)
     return x
 
 
 @triton.jit
-def slope(x, MAP: tl.constexpr):
-    """φ'(x)."""
-    if MAP == "elu":
-        s = tl.where(x > 0, 1.0, tl.exp(tl.where(x > 0, 0.0, x)))
-    else:
-        s = tl.where(x > 0, 1.0, 0.0)
-    return s
+def slope(phi, MAP: tl.constexpr):
+    """φ' by φ."""
+    return tl.where(phi > 1, 1.0, phi) if MAP == "elu" else tl.where(phi == 0, 0.0, 1.0)
 
 
 @triton.jit
@@ -83,33 +82,29 @@ def weighted(x, weight):
 
 
 @triton.jit
+def in_halves(x, DTYPE: tl.constexpr):
+    """Numbers (C,) as columns (C, 16) of an operand: eight times rounded, and eight times what that leaves."""
+    rounded = x.to(DTYPE)
+    left = (x - rounded.to(tl.float32)).to(DTYPE)
+    return tl.where(tl.arange(0, 16)[None, :] < 8, rounded[:, None], left[:, None])
+
+
+@triton.jit
 def per_token(base, b, h, t, T, H, there):
     """Numbers (B, T, H) of tokens t, 0 where there are none."""
     return tl.load(base + (b.to(tl.int64) * T + t) * H + h, mask=there, other=0.0)
 
 
 @triton.jit
-def raw_tile(operand, b, h, t, first, there, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def tile(operand, b, h, t, first, there, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """An operand's tokens t, columns from `first` on; 0 where there is nothing."""
     c = first + tl.arange(0, BLOCK)
     at = operand.ptr + b.to(tl.int64) * operand.batch + (h // operand.share).to(tl.int64) * operand.head
     at = at + t.to(tl.int64)[:, None] * operand.token + c[None, :]
-    return tl.load(at, mask=there[:, None] & (c < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def tile(
-    operand, b, h, t, first, there, T, H,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, MAP: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """φ of an operand's tokens t times their factor, columns from `first` on; 0 where there is nothing."""
-    found = raw_tile(operand, b, h, t, first, there, WIDTH, BLOCK)
-    if MAP != "none":
-        found = mapped(found.to(tl.float32), MAP)
-        inside = there[:, None] & (first + tl.arange(0, BLOCK) < WIDTH)[None, :]
-        found = tl.where(inside, found, 0.0)
-    if operand.factor is not None:
-        found = found.to(tl.float32) * per_token(operand.factor, b, h, t, T, H, there)[:, None]
-    return found.to(DTYPE)
+    if BLOCK == WIDTH:
+        return tl.load(at, mask=there[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=there[:, None] & (c < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
@@ -148,11 +143,11 @@ SIZES = ("T", "H", "groups", "chunks", "behind", "eps", "scale")
 
 @triton.jit(do_not_specialize=SIZES)
 def pass_kernel(
-    x, y, u, raw, gate, added, times, skip, initial, states, through_of, result, T, H, groups, chunks, behind, eps, scale,
-    MAP_X: tl.constexpr, MAP_Y: tl.constexpr, MAP_U: tl.constexpr, SLOPE: tl.constexpr, EXTRA: tl.constexpr,
-    NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, PASSING: tl.constexpr, ROWS: tl.constexpr,
-    C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
+    T, H, groups, chunks, behind, eps, scale,
+    SLOPE: tl.constexpr, EXTRA: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr,
+    PASSING: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program takes one group of chunks of one head, and a block of W.
 
@@ -161,6 +156,9 @@ def pass_kernel(
     `through_of`. In reverse it goes from chunk `behind` − 1, the last or one of those without tokens that fill the last
     group, to the first. EXTRA is one width more: of u, whose numbers are 1 and whose
     sums are `total`; or of x and y, `added`. `out` is multiplied by silu of `gate` at last, an operand (B, T, H, W).
+
+    x, y and u go to the matrix units as they lie in memory: what tokens are multiplied by is in the weights of pairs,
+    and where it cannot be, in u's for the state. Sums over tokens of one number each are products of matrices too.
     """
     # programs that read the same x and y are beside each other
     BLOCKS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
@@ -168,19 +166,23 @@ def pass_kernel(
     step, both = place % groups, place // groups
     b, h = both // H, both % H
     first = block * BLOCK_W
-    WEIGHTED: tl.constexpr = (times.decay is not None) or (times.runs is not None)
+    WEIGHTED: tl.constexpr = (
+        (times.decay is not None)
+        or (times.runs is not None)
+        or (factors.rows is not None)
+        or (factors.columns is not None)
+    )
 
     state = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
+    more = tl.zeros([1], tl.float32)
     if EXTRA == "total":
         more = tl.zeros([BLOCK_K], tl.float32)
     elif EXTRA == "added":
         more = tl.zeros([BLOCK_W], tl.float32)
-    else:
-        more = tl.zeros([1], tl.float32)
     if ROWS:
         if initial is not None and step == 0:
             state, more = read_state(initial, both, first, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
-        if states is not None:
+        if states is not None:  # noqa: SIM102 (that is known when this is compiled, and the step is not)
             if step > 0:
                 at = both * (groups - 1) + step - 1
                 state, more = read_state(states, at, first, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
@@ -191,17 +193,27 @@ def pass_kernel(
         t = start + tl.arange(0, C)
         real = is_real(times, b, t, T)
         weights, enters, leaves, through = weights_of(times, b, h, t, start, T, real, C, REVERSE, STRICT)
-        column = tile(y, b, h, t, 0, real, T, H, K, BLOCK_K, MAP_Y, DTYPE)
-        summed = tile(u, b, h, t, first, real, T, H, W, BLOCK_W, MAP_U, DTYPE)
+        if factors.columns is not None:
+            count_for = per_token(factors.columns, b, h, t, T, H, real)
+            weights = weighted(weights, count_for[None, :])
+            leaves = weighted(leaves, count_for)
+        if factors.rows is not None:
+            count_for = per_token(factors.rows, b, h, t, T, H, real)
+            weights = weighted(weights, count_for[:, None])
+            enters = weighted(enters, count_for)
+        column = tile(y, b, h, t, 0, real, K, BLOCK_K).to(DTYPE)
+        summed = tile(u, b, h, t, first, real, W, BLOCK_W).to(DTYPE)
         count = tl.where(real, 1.0, 0.0)
         if EXTRA == "added" and added.columns is not None:
             count = per_token(added.columns, b, h, t, T, H, real)
 
         if ROWS:
-            row = tile(x, b, h, t, 0, real, T, H, K, BLOCK_K, MAP_X, DTYPE)
+            row = tile(x, b, h, t, 0, real, K, BLOCK_K).to(DTYPE)
             pairs = tl.dot(row, tl.trans(column), input_precision=PRECISION)
             found = tl.dot(row, state.to(DTYPE), input_precision=PRECISION)
-            if EXTRA == "added":
+            if EXTRA == "total":
+                total = tl.sum(tl.dot(row, in_halves(more, DTYPE), input_precision=PRECISION), 1) / 8
+            elif EXTRA == "added":
                 one = tl.full([C], 1.0, tl.float32)
                 if added.rows is not None:
                     one = per_token(added.rows, b, h, t, T, H, real)
@@ -211,14 +223,14 @@ def pass_kernel(
             if WEIGHTED:
                 found = weighted(found, enters[:, None])
             if EXTRA == "total":
-                total = tl.sum(pairs, 1) + weighted(tl.sum(row.to(tl.float32) * more[None, :], 1), enters)
+                if WEIGHTED:
+                    total = weighted(total, enters)
+                total += tl.sum(pairs, 1)
             if result.dots is not None:
-                features = mapped(raw_tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32), SLOPE)
-                inside = real[:, None] & (first + tl.arange(0, BLOCK_W) < W)[None, :]
-                features = tl.where(inside, features, 0.0)
+                features = tile(raw, b, h, t, first, real, W, BLOCK_W)
                 heads = tl.num_programs(0) // (groups * BLOCKS)
                 at = result.dots + (block * heads + both).to(tl.int64) * T + t
-                tl.store(at, tl.sum(features * found, 1), mask=t < T)
+                tl.store(at, tl.sum(features.to(tl.float32) * found, 1), mask=t < T)
                 at += heads.to(tl.int64) * BLOCKS * T
                 if PASSING and not REVERSE:
                     # summed as they are, and not by row less by column: those two are large where they nearly cancel
@@ -227,38 +239,40 @@ def pass_kernel(
                     tl.store(at, tl.sum(tl.where(t[:, None] > t[None, :], upto, 0.0), 0), mask=t < T)
                 elif not PASSING:
                     given = tl.dot(pairs.to(DTYPE), summed, input_precision=PRECISION)
-                    tl.store(at, tl.sum(features * given, 1), mask=t < T)
+                    tl.store(at, tl.sum(features.to(tl.float32) * given, 1), mask=t < T)
             found = tl.dot(pairs.to(DTYPE), summed, found, input_precision=PRECISION)
-            if SLOPE == "elu" or SLOPE == "relu":
-                found *= slope(raw_tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32), SLOPE)
+            if SLOPE != "none":
+                found *= slope(tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32), SLOPE)
             if EXTRA == "total":
                 if NORMALIZE:
                     total = tl.where(real, total + eps, 1.0)
                     found /= total[:, None]
                 if first == 0:
                     tl.store(result.total + (b.to(tl.int64) * T + t) * H + h, total, mask=t < T)
+            if result.factor is not None:
+                found *= per_token(result.factor, b, h, t, T, H, real)[:, None]
             w = first + tl.arange(0, BLOCK_W)
             if skip.ptr is not None:
                 share = tl.load(skip.ptr + h * skip.head + w * skip.width, mask=w < W, other=0.0)
-                found += share[None, :] * raw_tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
+                found += share[None, :] * tile(u, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
             if gate.ptr is not None:
-                z = raw_tile(gate, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
+                z = tile(gate, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
                 found *= z * tl.sigmoid(z)
             found = tl.where(real[:, None], found * scale, 0.0)
-            if result.factor is not None:
-                found *= per_token(result.factor, b, h, t, T, H, real)[:, None]
             at = result.out + ((b.to(tl.int64) * T + t) * H + h)[:, None] * W + w[None, :]
             tl.store(at, found.to(result.out.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
 
+        if EXTRA == "total":
+            counted = tl.dot(tl.trans(column), in_halves(leaves, DTYPE), input_precision=PRECISION)
+            more = (weighted(more, through) if WEIGHTED else more) + tl.sum(counted, 1) / 8
+        elif EXTRA == "added":
+            counted = tl.dot(tl.trans(in_halves(count * leaves, DTYPE)), summed, input_precision=PRECISION)
+            more = (weighted(more, through) if WEIGHTED else more) + tl.sum(counted, 0) / 8
         if WEIGHTED:
-            column = (column.to(tl.float32) * leaves[:, None]).to(DTYPE)
-            state, more = weighted(state, through), weighted(more, through)
+            summed = weighted(summed.to(tl.float32), leaves[:, None]).to(DTYPE)
+            state = weighted(state, through)
             kept *= through
         state = tl.dot(tl.trans(column), summed, state, input_precision=PRECISION)
-        if EXTRA == "total":
-            more += tl.sum(column.to(tl.float32), 0)
-        elif EXTRA == "added":
-            more += tl.sum((count * leaves)[:, None] * summed.to(tl.float32), 0)
 
     if not ROWS:
         write_state(states, both * groups + step, first, state, more, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
@@ -284,14 +298,48 @@ def carry_kernel(states, through_of, initial, groups, M, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "H"])
-def products_kernel(x, y, factor, out, T, H, C: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr):
-    """out (B, T, H) = factor · x·y of each token and head, x and y being Operands (B, T, H, W)."""
+def features_kernel(
+    first, second, of_first, of_second, T, H,
+    MAP: tl.constexpr, C: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """φ of two Operands (B, T, H, K), contiguous."""
     tiles = tl.cdiv(T, C)  # on one axis with the heads: a second has 65535 programs at most
+    place = tl.program_id(0) // 2
+    both, k = place // tiles, tl.arange(0, BLOCK_K)
+    b, h = both // H, both % H
+    t = place % tiles * C + tl.arange(0, C)
+    at = ((b.to(tl.int64) * T + t) * H + h)[:, None] * K + k[None, :]
+    inside = (t < T)[:, None] & (k < K)[None, :]
+    if tl.program_id(0) % 2 == 0:
+        found = mapped(tile(first, b, h, t, 0, t < T, K, BLOCK_K).to(tl.float32), MAP)
+        tl.store(of_first + at, found.to(of_first.dtype.element_ty), mask=inside)
+    else:
+        found = mapped(tile(second, b, h, t, 0, t < T, K, BLOCK_K).to(tl.float32), MAP)
+        tl.store(of_second + at, found.to(of_second.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "H", "scale"])
+def products_kernel(
+    x, y, divisor, real, out, numerator, T, H, scale, C: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """out (B, T, H) = x·y of each token and head, x and y being Operands (B, T, H, W); 0 where `real` (B, T) is 0.
+
+    With a divisor (B, T, H), out is −1 over it times that, and numerator (B, T, H, W) is scale over it times x.
+    """
+    tiles = tl.cdiv(T, C)
     both = tl.program_id(0) // tiles
     b, h = both // H, both % H
-    t = tl.program_id(0) % tiles * C + tl.arange(0, C)
+    t, w = tl.program_id(0) % tiles * C + tl.arange(0, C), tl.arange(0, BLOCK_W)
     there = t < T
-    left = raw_tile(x, b, h, t, 0, there, W, BLOCK_W).to(tl.float32)
-    right = raw_tile(y, b, h, t, 0, there, W, BLOCK_W).to(tl.float32)
-    found = tl.sum(left * right, 1) * per_token(factor, b, h, t, T, H, there)
-    tl.store(out + (b.to(tl.int64) * T + t) * H + h, found, mask=there)
+    if real is not None:
+        there &= tl.load(real + b.to(tl.int64) * T + t, mask=there, other=0) != 0
+    left = tile(x, b, h, t, 0, there, W, BLOCK_W).to(tl.float32)
+    found = tl.sum(left * tile(y, b, h, t, 0, there, W, BLOCK_W).to(tl.float32), 1)
+    each = (b.to(tl.int64) * T + t) * H + h
+    if divisor is not None:
+        by = tl.load(divisor + each, mask=there, other=1.0)
+        found = -found / by
+        left = left * (scale / by)[:, None]
+        at = numerator + each[:, None] * W + w[None, :]
+        tl.store(at, left.to(numerator.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
+    tl.store(out + each, found, mask=t < T)

@@ -74,7 +74,7 @@ def weights_of(times, b, h, t, start, T, real, C: tl.constexpr, REVERSE: tl.cons
         between = (whole[:, None] - whole[None, :]) + (part[:, None] - part[None, :])
         if REVERSE:
             between = -between
-        weights = tl.where(seen, tl.exp2(tl.where(seen, between, 0.0)), 0.0)
+        weights = tl.exp2(tl.where(seen, between, float("-inf")))
         enters = tl.exp2(whole + part)
         leaves = tl.exp2((whole_of_all - whole) + (part_of_all - part))
         through = tl.exp2(whole_of_all + part_of_all)

@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 
 from attncompiler.blocks.recurrence.decays import decay_gradient
-from attncompiler.blocks.recurrence.launch import (
-    Found,
-    Map,
-    Order,
-    Side,
-    products,
-    run,
-)
+from attncompiler.blocks.recurrence.launch import Found, Map, Order, Side, divided, features, run
 from attncompiler.blocks.recurrence.passes import Added
 from attncompiler.blocks.segments import run_numbers
 from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
@@ -25,25 +18,21 @@ MAPS: dict[str, Map] = {"elu": "elu", "relu": "relu", "identity": "none"}
 
 
 class Call:
-    """A call's tensors and how they are cut."""
+    """A call's tensors: φ(q), φ(k) and v, and how tokens count for one another."""
 
-    def __init__(self, inputs: Tensors, options: LinearAttentionOptions, order: Order | None = None):
+    def __init__(self, inputs: Tensors, options: LinearAttentionOptions):
         self.inputs, self.options = inputs, options
-        self.q, self.k, self.v = inputs["q"], inputs["k"], inputs["v"]
+        self.map: Map = MAPS[options.feature_map]
+        self.q, self.k = features(inputs["q"], inputs["k"], self.map)
+        self.v = inputs["v"]
         self.B, self.T, self.H, self.R = self.q.shape
         self.V = self.v.shape[-1]
-        self.map: Map = MAPS[options.feature_map]
-        real = inputs.get("attention_mask")
-        self.order = order or Order(inputs.get("log_decay"), run_numbers(inputs.get("segment_ids"), real), real)
+        self.real = inputs.get("attention_mask")
+        runs = run_numbers(inputs.get("segment_ids"), self.real)
+        self.order = Order(inputs.get("log_decay"), runs, self.real)
+        self.others = Order(None, runs, self.real, strict=True)
+        """of the sums over what comes later, where those count too: a token is in the first sums already"""
         self.wide: dict[str, Any] = {"dtype": torch.float32, "device": self.q.device}
-
-    def reversed(self) -> Call:
-        """The tokens from last to first, none of which sees itself, after no state."""
-        names = ("q", "k", "v", "segment_ids", "attention_mask")
-        inputs = {name: self.inputs[name].flip(1) for name in names if name in self.inputs}
-        real = inputs.get("attention_mask")
-        runs = None if self.order.runs is None else _renumbered(self.order.runs)
-        return Call(inputs, self.options, Order(None, runs, real, strict=True))
 
     def initial(self) -> tuple[Tensor, Tensor] | None:
         """S and z before the first token, or None where there was nothing."""
@@ -51,11 +40,6 @@ class Call:
             return None
         grown = self.inputs["initial_m"].exp()
         return self.inputs["initial_s"] * grown[..., None, None], self.inputs["initial_z"] * grown[..., None]
-
-
-def _renumbered(runs: Tensor) -> Tensor:
-    """The runs of tokens from last to first, counted from 0 there."""
-    return (runs[:, -1:] - runs).flip(1)
 
 
 def _flat(s: Tensor, z: Tensor) -> Tensor:
@@ -76,52 +60,55 @@ def forward(inputs: Tensors, options: LinearAttentionOptions) -> dict[str, Tenso
     initial = call.initial()
     before = None if initial is None else _flat(*initial)
     if options.causal:
-        out, total, final = _sums(call, before, whole=True)
+        found = _sums(call, before)
+        out, total = found.out, found.total
+        assert total is not None
+        if not options.normalize:
+            total = torch.ones_like(total)
     else:
-        upto, total, final = _sums(call, before, whole=False)
-        behind, more, _ = _sums(call.reversed(), None, whole=False)
-        out, total = _joined(call, upto + behind.flip(1), total + more.flip(1))
-    assert final is not None
+        found = _sums(call, before)
+        out, total = _joined(call, found, _sums(call, None, later=True))
+    assert found.final is not None
     split = call.R * call.V
     return {
         "out": out,
         "normalizer": total,
-        "final_s": _apart(final[..., :split].unflatten(-1, (call.R, call.V))),
-        "final_z": _apart(final[..., split:]),
+        "final_s": _apart(found.final[..., :split].unflatten(-1, (call.R, call.V))),
+        "final_z": _apart(found.final[..., split:]),
         "final_m": torch.zeros(call.B, call.H, **call.wide),
     }
 
 
-def _sums(call: Call, initial: Tensor | None, *, whole: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """out and the normaliser, or, where those sums are not the whole, the numerator and φ(q)·z in fp32; and the state
-    behind."""
+def _sums(call: Call, initial: Tensor | None, *, later: bool = False) -> Found:
+    """out, the normaliser, and the state behind; or where those sums are not the whole, the numerator and φ(q)·z."""
     options = call.options
-    found = run(
-        Side(call.q, call.map),
-        Side(call.k, call.map),
+    whole = options.causal
+    return run(
+        Side(call.q),
+        Side(call.k),
         Side(call.v),
-        call.order,
+        call.others if later else call.order,
         H=call.H,
+        reverse=later,
         extra="total",
         normalize=whole and options.normalize,
         eps=options.eps,
         scale=options.scale if whole else 1.0,
         initial=initial,
-        final=True,
+        final=not later,
         out_dtype=None if whole else torch.float32,
     )
-    assert found.total is not None
-    total = found.total if options.normalize or not whole else torch.ones_like(found.total)
-    return found.out, total, found.final
 
 
-def _joined(call: Call, numerator: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def _joined(call: Call, upto: Found, later: Found) -> tuple[Tensor, Tensor]:
     """out and the normaliser of sums over all tokens."""
-    options, real = call.options, call.order.real
+    assert upto.total is not None
+    assert later.total is not None
+    options, numerator, total = call.options, upto.out + later.out, upto.total + later.total
     total = total + options.eps if options.normalize else torch.ones_like(total)
-    if real is not None:
-        total = total.masked_fill(~real[..., None], 1)
-    return (options.scale * numerator / total[..., None]).to(call.q.dtype), total
+    if call.real is not None:
+        total = total.masked_fill(~call.real[..., None], 1)
+    return (options.scale * numerator / total[..., None]).to(call.v.dtype), total
 
 
 # --- backward -----------------------------------------------------------------------------------------------------
@@ -132,24 +119,20 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: LinearA
     dout = grads.get("out")
     if dout is None:
         dout = torch.zeros_like(outputs["out"])
-    normalizer = outputs["normalizer"].contiguous()
-    share = options.scale / normalizer
     if options.normalize:
-        dz = products(dout, outputs["out"], -1 / normalizer)
+        numerator, dz = divided(dout, outputs["out"], outputs["normalizer"], options.scale, call.real)
     else:
-        dz = torch.zeros_like(share)
-    real = call.order.real
-    if real is not None:
-        share, dz = share.masked_fill(~real[..., None], 0), dz.masked_fill(~real[..., None], 0)
+        numerator = dout if options.scale == 1 else options.scale * dout
+        dz = torch.zeros(call.B, call.T, call.H, **call.wide)
     final = None
     if "final_s" in grads or "final_z" in grads:
         nothing = torch.zeros(call.B, call.H, call.R, call.V, **call.wide)
         final = grads.get("final_s", nothing), grads.get("final_z", nothing[..., 0])
-    found = _gradients(call, dout, share, dz, call.initial(), final)
+    found = _gradients(call, numerator, dz, call.initial(), final)
     if not options.causal:
-        more = _gradients(call.reversed(), dout.flip(1), share.flip(1), dz.flip(1), None, None)
+        more = _gradients(call, numerator, dz, None, None, later=True)
         for name in "qkv":
-            found[name] += more[name].flip(1)
+            found[name] += more[name]
     if "initial_s" in inputs:
         grown = inputs["initial_m"].exp()
         found["initial_s"] = found["initial_s"] * grown[..., None, None]
@@ -159,39 +142,41 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: LinearA
 
 def _gradients(
     call: Call,
-    dout: Tensor,
-    share: Tensor,
+    numerator: Tensor,
     dz: Tensor,
     initial: tuple[Tensor, Tensor] | None,
     final: tuple[Tensor, Tensor] | None,
+    *,
+    later: bool = False,
 ) -> dict[str, Tensor]:
-    """The gradients of one direction, by those of the numerator, share · dout, and of φ(q)·z."""
-    q, k = Side(call.q, call.map), Side(call.k, call.map)
-    v, numerator = Side(call.v), Side(dout, factor=share)
-    decayed = call.order.decay is not None
+    """The gradients of one direction's sums, by those of the numerator and of φ(q)·z."""
+    q, k, v, rows = Side(call.q), Side(call.k), Side(call.v), Side(numerator)
+    order = call.others if later else call.order
+    decayed = order.decay is not None
     start, end = (None if each is None else _flat(each[0].mT, each[1]) for each in (initial, final))
 
-    def turned(x: Side, y: Side, u: Side, raw: Tensor, added: Added, state: Tensor | None, *, reverse: bool) -> Found:
+    def turned(x: Side, y: Side, u: Side, raw: Side, added: Added, state: Tensor | None, *, reverse: bool) -> Found:
         return run(
             x,
             y,
             u,
-            call.order,
+            order,
             H=call.H,
             reverse=reverse,
             extra="added",
             added=added,
             slope=call.map,
-            raw=Side(raw),
+            raw=raw,
             dots="passing" if decayed else "none",
             initial=state,
             final=True,
+            dtype=call.v.dtype,
         )
 
-    dq = turned(numerator, v, k, call.q, Added(dz, None), start, reverse=False)
-    dk = turned(v, numerator, q, call.k, Added(None, dz), end, reverse=True)
+    dq = turned(rows, v, k, q, Added(dz, None), start, reverse=later)
+    dk = turned(v, rows, q, k, Added(None, dz), end, reverse=not later)
     behind = None if final is None else final[0].flatten(2).contiguous()
-    dv = run(k, q, numerator, call.order, H=call.H, reverse=True, initial=behind)
+    dv = run(k, q, rows, order, H=call.H, reverse=not later, initial=behind, dtype=call.v.dtype)
     assert dk.final is not None
     split = call.R * call.V
     found = {
@@ -203,7 +188,6 @@ def _gradients(
     }
     if decayed:
         met = None if start is None else (start * dk.final).sum(-1)
-        log_decay = decay_gradient(dq, dk, met, call.T, call.order.runs)
-        real = call.order.real
-        found["log_decay"] = log_decay if real is None else log_decay.masked_fill(~real[..., None], 0)
+        log_decay = decay_gradient(dq, dk, met, call.T, order.runs)
+        found["log_decay"] = log_decay if call.real is None else log_decay.masked_fill(~call.real[..., None], 0)
     return found

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from attncompiler.blocks.recurrence.decays import decay_gradient
 from attncompiler.blocks.recurrence.launch import Found, Order, Side, products, run
+from attncompiler.blocks.recurrence.passes import Factors
 from attncompiler.blocks.segments import run_numbers
 from attncompiler.mechanisms.mamba2.op import Mamba2Options
 from attncompiler.runtime.implementation import Tensors
@@ -39,11 +40,6 @@ class Call:
         return Side(tensor, share=self.H // self.G)
 
     @property
-    def written(self) -> Side:
-        """Δ·x."""
-        return Side(self.x, factor=self.delta)
-
-    @property
     def skip(self) -> Tensor | None:
         """D as (H, P)."""
         d = self.inputs.get("d")
@@ -66,10 +62,10 @@ def _read(call: Call, z: Side | None, dtype: torch.dtype) -> Found:
     return run(
         call.shared(call.c),
         call.shared(call.b),
-        call.written,
+        Side(call.x),
         call.order,
         H=call.H,
-        raw=Side(call.x),
+        factors=Factors(None, call.delta),
         skip=call.skip,
         z=z,
         most_tokens=call.options.chunk_size,
@@ -91,18 +87,21 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Mamba2O
     dout = grads["out"] if "out" in grads else torch.zeros_like(call.x)
     dy = _ungated(call, dout, found)
     end, start = grads.get("final_state"), inputs.get("initial_state")
-    most, rows = options.chunk_size, Side(dy)
+    most, rows, x = options.chunk_size, Side(dy), Side(call.x)
     b, c = call.shared(call.b), call.shared(call.c)
     wide = torch.float32 if call.H > call.G else call.b.dtype
 
-    def shared(x: Side, y: Side, u: Side, raw: Side, state: Tensor | None, *, reverse: bool) -> Found:
+    def shared(
+        left: Side, right: Side, u: Side, raw: Side, factors: Factors, state: Tensor | None, *, reverse: bool
+    ) -> Found:
         return run(
-            x,
-            y,
+            left,
+            right,
             u,
             call.order,
             H=call.H,
             reverse=reverse,
+            factors=factors,
             raw=raw,
             dots="passing",
             most_tokens=most,
@@ -111,34 +110,33 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Mamba2O
             out_dtype=wide,
         )
 
-    dc = shared(rows, call.written, b, c, start, reverse=False)
+    dc = shared(rows, x, b, c, Factors(None, call.delta), start, reverse=False)
     found["c"] = _over_heads(call, dc.out)
-    db = shared(call.written, rows, c, b, end, reverse=True)
+    db = shared(x, rows, c, b, Factors(call.delta, None), end, reverse=True)
     found["b"] = _over_heads(call, db.out)
     assert db.final is not None
     met = None if start is None else torch.linalg.vecdot(start.flatten(2), db.final)
     log_decay = call.masked(decay_gradient(dc, db, met, call.T, call.order.runs))
     if start is not None:
         found["initial_state"] = db.final.view(call.B, call.H, call.P, call.N)
-    du = run(
+    dx = run(
         b,
         c,
         rows,
         call.order,
         H=call.H,
         reverse=True,
-        raw=Side(call.x),
+        raw=x,
         factor=call.delta,
+        skip=call.skip,
         dots="all",
         most_tokens=most,
         initial=None if end is None else _turned(end),
-        out_dtype=call.x.dtype if call.skip is None else torch.float32,
     )
-    assert du.dots is not None
-    skip = call.skip
-    found["x"] = du.out if skip is None else torch.addcmul(du.out, dy.float(), skip).to(call.x.dtype)
+    assert dx.dots is not None
+    found["x"] = dx.out
     found["a"] = (call.delta * log_decay).sum((0, 1))
-    d_delta = log_decay * inputs["a"] + du.dots.sum(0).transpose(1, 2)
+    d_delta = log_decay * inputs["a"] + dx.dots.sum(0).transpose(1, 2)
     low, high = options.dt_limit
     d_raw = d_delta.masked_fill((call.free < low) | (call.free > high), 0)
     if options.dt_softplus:
@@ -168,7 +166,7 @@ def _ungated(call: Call, dout: Tensor, found: dict[str, Tensor]) -> Tensor:
         if inputs["d"].dim() == 2:
             found["d"] = (dout.float() * x.float()).sum((0, 1))
         else:
-            found["d"] = products(dout, x, torch.ones_like(call.delta)).sum((0, 1))
+            found["d"] = products(dout, x).sum((0, 1))
     return dout.to(call.x.dtype)
 
 
