@@ -1,9 +1,9 @@
-"""Draws calls of the kernels for Hopper without a GPU, and prints under which names a launch is known that Triton would
+"""Draws calls of the GPU's kernels without one, and prints under which names a launch is known that Triton would
 compile in more than one way, as JSON.
 
 Run in a process of its own: under Triton's interpreter nothing is compiled.
 
-    python tests/conformance/relaunched.py CALLS
+    python tests/conformance/relaunched.py attention|recurrence CALLS
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ from compiled import NoDevice
 from triton.runtime.jit import JITFunction
 
 from attncompiler.blocks.gpu import Device
+from attncompiler.blocks.launching.launcher import Launcher
+from attncompiler.blocks.recurrence import launch
 from attncompiler.mechanisms.attention.flash import kernel
-from attncompiler.mechanisms.attention.flash.launcher import Launcher
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, Full, SlidingWindow
+from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
+from attncompiler.mechanisms.linear_attention.recurrence import kernel as linear
+from attncompiler.mechanisms.mamba2.op import Mamba2Options
+from attncompiler.mechanisms.mamba2.recurrence import kernel as mamba2
 
 
 def heads(draw: random.Random, B: int, T: int, H: int, D: int, dtype: torch.dtype) -> torch.Tensor:
@@ -39,6 +44,54 @@ def heads(draw: random.Random, B: int, T: int, H: int, D: int, dtype: torch.dtyp
     if way == "misaligned":
         return torch.zeros(B * T * H * D + 1, dtype=dtype)[1:].view(B, T, H, D)
     return torch.zeros(B, T, H, D, dtype=dtype)
+
+
+def attend(draw: random.Random) -> None:
+    tensors, options, dout = call(draw)
+    outputs = kernel.forward(tensors, options)
+    kernel.backward({"out": dout}, tensors, outputs, options)
+
+
+def recur(draw: random.Random) -> None:
+    """Linear attention or mamba2, forward and backward."""
+    B, T, D = 2, draw.choice([1, 100]), draw.choice([1, 16])
+    dtype = draw.choice([torch.bfloat16, torch.bfloat16, torch.float16])
+
+    def drawn(*shape: int) -> torch.Tensor:
+        """Numbers in fp32, at an address that a wide load may have, or not."""
+        return torch.zeros(*shape[:-1], shape[-1] + 1)[..., draw.choice([0] * 9 + [1]) :][..., : shape[-1]]
+
+    tensors: dict[str, torch.Tensor] = {}
+    if draw.random() < 0.1:
+        tensors["segment_ids"] = torch.zeros(B, T, dtype=torch.int64)
+    if draw.random() < 0.1:
+        tensors["attention_mask"] = torch.ones(B, T, dtype=torch.bool)
+    if draw.random() < 0.5:
+        tensors |= {name: heads(draw, B, T, 2, D, dtype) for name in "qkv"}
+        if draw.random() < 0.5:
+            tensors["log_decay"] = drawn(B, T, 2)
+        if draw.random() < 0.2:
+            tensors |= {"initial_s": drawn(B, 2, D, D), "initial_z": drawn(B, 2, D), "initial_m": drawn(B, 2)}
+        linear_options = LinearAttentionOptions(
+            feature_map=draw.choice(["elu", "identity"]),
+            causal="log_decay" in tensors or "initial_s" in tensors or draw.random() < 0.8,
+            normalize=draw.random() < 0.9,
+        )
+        outputs = linear.forward(tensors, linear_options)
+        linear.backward({"out": heads(draw, B, T, 2, D, dtype)}, tensors, outputs, linear_options)
+        return
+    groups = draw.choice([1, 1, 2])
+    tensors |= {name: heads(draw, B, T, groups, D, dtype) for name in "bc"}
+    tensors |= {"x": heads(draw, B, T, 2, 16, dtype), "dt": drawn(B, T, 2).to(dtype), "a": drawn(2)}
+    if draw.random() < 0.5:
+        tensors["d"] = drawn(2) if draw.random() < 0.8 else drawn(2, 16)
+    if draw.random() < 0.2:
+        tensors["z"] = heads(draw, B, T, 2, 16, dtype)
+    if draw.random() < 0.2:
+        tensors["initial_state"] = drawn(B, 2, 16, D)
+    options = Mamba2Options(chunk_size=draw.choice([16, 64, 64]))
+    outputs = mamba2.forward(tensors, options)
+    mamba2.backward({"out": heads(draw, B, T, 2, 16, dtype)}, tensors, outputs, options)
 
 
 def call(draw: random.Random) -> tuple[dict[str, torch.Tensor], AttentionOptions, torch.Tensor]:
@@ -60,18 +113,22 @@ def call(draw: random.Random) -> tuple[dict[str, torch.Tensor], AttentionOptions
     return tensors, options, heads(draw, B, T, 2, D, dtype)
 
 
-def main(calls: int) -> None:
+def main(mechanism: str, calls: int) -> None:
     triton.runtime.driver.set_active(NoDevice(90))
-    kernel.device_of = lambda device: Device(232448, 132, (9, 0))
+    kernel.device_of = launch.device_of = lambda device: Device(232448, 132, (9, 0))
+    launch.FEWEST_CHUNKS = 1  # short sequences have several groups
+    kernel.FEW_ROWS = 0  # one query is few: others would serve it
     asked: list[str] = []
     JITFunction._do_compile = lambda self, key, *_, **__: asked.append(key)
     found: defaultdict[tuple[str, Hashable], set[str]] = defaultdict(set)
     launches = 0
 
-    def launched(self: Launcher, grid: tuple[int, ...], known: Hashable | None, *arguments: Any) -> None:
+    def launched(
+        self: Launcher, grid: tuple[int, ...], known: Hashable | None, *arguments: Any, **options: Any
+    ) -> None:
         nonlocal launches
         asked.clear()
-        self.kernel[grid](*arguments, num_warps=4)
+        self.kernel[grid](*arguments, **{"num_warps": 4, **options})
         if known is not None:
             launches += 1
             found[self.kernel.__name__, known].update(asked)
@@ -79,10 +136,7 @@ def main(calls: int) -> None:
     Launcher.__call__ = launched
     draw = random.Random(0)
     for _ in range(calls):
-        tensors, options, dout = call(draw)
-        kernel.FEW_ROWS = 0  # one query is few: others would serve it
-        outputs = kernel.forward(tensors, options)
-        kernel.backward({"out": dout}, tensors, outputs, options)
+        attend(draw) if mechanism == "attention" else recur(draw)
     print(
         json.dumps(
             {
@@ -96,4 +150,4 @@ def main(calls: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1], int(sys.argv[2]))

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from attncompiler.mechanisms.attention.flash import launcher
-from attncompiler.mechanisms.attention.flash.launcher import Launcher
+from attncompiler.blocks.launching import launcher
+from attncompiler.blocks.launching.launcher import Launcher
 
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """compute capability → bytes that a block may have (CUDA Programming Guide, December 2025, table 31)"""
@@ -67,7 +67,7 @@ def test_a_known_launch_runs_what_the_first_of_its_name_compiled(monkeypatch: py
         """As Triton has it: a launch returns what was compiled, which is launched likewise."""
 
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def launch(*arguments: object, num_warps: int) -> Any:
+            def launch(*arguments: object, num_warps: int, num_stages: int) -> Any:
                 ran.append(("kernel", grid, arguments))
                 return Later() if arguments == (0,) else Compiled()
 
@@ -89,11 +89,12 @@ def test_a_known_launch_runs_what_the_first_of_its_name_compiled(monkeypatch: py
     assert all(grid == (7, n, 1) for who, grid, (n,) in ran if who == "compiled")
 
 
-def test_a_launch_is_known_by_all_that_it_is_compiled_for() -> None:
+@pytest.mark.parametrize(("mechanism", "calls", "ways"), [("attention", 4000, 200), ("recurrence", 1500, 200)])
+def test_a_launch_is_known_by_all_that_it_is_compiled_for(mechanism: str, calls: int, ways: int) -> None:
     """`Launcher` runs what an earlier launch of the same name compiled: Triton would have compiled the same."""
-    found = in_a_process("relaunched.py", 4000)
+    found = in_a_process("relaunched.py", mechanism, calls)
     assert found["launches"] > 1.5 * found["names"]  # the same names come again, with other tensors
-    assert found["ways"] > 200
+    assert found["ways"] > ways
     assert not found["in more than one way"]
 
 

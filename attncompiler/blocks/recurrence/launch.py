@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attncompiler.blocks.gpu import Device, device_of
+from attncompiler.blocks.launching.launcher import Launcher, known_by
 from attncompiler.blocks.recurrence.passes import (
     Added,
     Factors,
@@ -182,6 +183,8 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if exact else "tf32"
 
 
+PASS, CARRY = Launcher(pass_kernel), Launcher(carry_kernel)
+FEATURES, PRODUCTS = Launcher(features_kernel), Launcher(products_kernel)
 NOTHING_ADDED, NO_FACTORS = Added(None, None), Factors(None, None)
 NOWHERE = Operand(None, 0, 0, 0, 1)
 """No operand. It is no field of another tuple: Triton 3.6 forgets which fields of those are None."""
@@ -245,41 +248,37 @@ def run(
     source = (raw or Side(out)).argument()
     gate = NOWHERE if z is None else z.argument()
     skipped = Skip(None, 0, 0) if skip is None else Skip(skip, *skip.stride())
-    arguments: dict[str, Any] = {
-        "SLOPE": slope,
-        "EXTRA": extra,
-        "NORMALIZE": normalize,
-        "REVERSE": reverse,
-        "STRICT": order.strict,
-        "PASSING": dots == "passing",
-        "C": tiles.tokens,
-        "K": K,
-        "W": W,
-        "M": M,
-        "BLOCK_K": max(16, triton.next_power_of_2(K)),
-        "BLOCK_W": tiles.width,
-        "DTYPE": DTYPES[dtype],
-        "PRECISION": precision(dtype),
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }
-    sides = (x.argument(), y.argument(), u.argument(), source, gate, added, factors, order.argument(), skipped)
+    constants = (
+        *(slope, extra, normalize, reverse, order.strict, dots == "passing"),
+        *(tiles.tokens, K, W, M, max(16, triton.next_power_of_2(K)), tiles.width, DTYPES[dtype], precision(dtype)),
+    )
+    times = order.argument()
+    given = (x.tensor, y.tensor, u.tensor, source.ptr, gate.ptr, *added, *factors, order.decay, times.runs, times.real)
+    shares = x.share, y.share, u.share, source.share
+    known = known_by(*given, skip, factor, initial), shares, constants, tiles, out.dtype
+    sides = (x.argument(), y.argument(), u.argument(), source, gate, added, factors, times, skipped)
+    shapes = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     chunks = groups.count * groups.chunks if reverse else triton.cdiv(T, tiles.tokens)
-    sizes = (T, H)
     if groups.count > 1:
         between = torch.empty(B, H, groups.count - 1, M, **wide)
         kept = torch.empty(B, H, groups.count - 1, **wide)
-        nothing = Result(out, None, None, None, None)
-        rest = (groups.count - 1, groups.chunks, chunks, eps, scale)
-        pass_kernel[(B * H * (groups.count - 1) * blocks,)](
-            *sides, None, between, kept, nothing, *sizes, *rest, ROWS=False, **arguments
+        PASS(
+            (B * H * (groups.count - 1) * blocks,),
+            (known, "states"),
+            *(*sides, None, between, kept, Result(out, None, None, None, None)),
+            *(T, H, groups.count - 1, groups.chunks, chunks, eps, scale),
+            *(False, *constants),
+            **shapes,
         )
-        carry_kernel[(B * H, triton.cdiv(M, 1024))](between, kept, initial, groups.count - 1, M, BLOCK=1024)
+        CARRY((B * H, triton.cdiv(M, 1024)), known, between, kept, initial, groups.count - 1, M, 1024)
         states = between
-    result = Result(out, total, products, factor, behind)
-    rest = (groups.count, groups.chunks, chunks, eps, scale)
-    pass_kernel[(B * H * groups.count * blocks,)](
-        *sides, initial, states, None, result, *sizes, *rest, ROWS=True, **arguments
+    PASS(
+        (B * H * groups.count * blocks,),
+        (known, "rows", states is None, behind is None),
+        *(*sides, initial, states, None, Result(out, total, products, factor, behind)),
+        *(T, H, groups.count, groups.chunks, chunks, eps, scale),
+        *(True, *constants),
+        **shapes,
     )
     return Found(out, total, None if products is None else products.sum(1), behind, states, groups)
 
@@ -297,8 +296,10 @@ def features(q: Tensor, k: Tensor, map: Map) -> tuple[Tensor, Tensor]:
     found = [torch.empty(B, T, H, K, dtype=dtype, device=q.device) for _ in "qk"]
     wide = max(16, triton.next_power_of_2(K))
     tokens = max(1, NUMBERS // wide)
-    features_kernel[(2 * triton.cdiv(T, tokens) * B * H,)](
-        Side(q).argument(), Side(k).argument(), *found, T, H, MAP=map, C=tokens, K=K, BLOCK_K=wide
+    FEATURES(
+        (2 * triton.cdiv(T, tokens) * B * H,),
+        (known_by(q, k), map, K),
+        *(Side(q).argument(), Side(k).argument(), *found, T, H, map, tokens, K, wide),
     )
     return found[0], found[1]
 
@@ -326,7 +327,9 @@ def _products(
     wide = max(16, triton.next_power_of_2(W))
     tokens = max(1, NUMBERS // wide)
     there = None if real is None else real.contiguous().view(torch.uint8)
-    sides = Side(x).argument(), Side(y).argument()
-    programs = triton.cdiv(T, tokens) * B * H
-    products_kernel[(programs,)](*sides, divisor, there, out, numerator, T, H, scale, C=tokens, W=W, BLOCK_W=wide)
+    PRODUCTS(
+        (triton.cdiv(T, tokens) * B * H,),
+        (known_by(x, y, divisor, there), W),
+        *(Side(x).argument(), Side(y).argument(), divisor, there, out, numerator, T, H, scale, tokens, W, wide),
+    )
     return out

@@ -145,8 +145,8 @@ SIZES = ("T", "H", "groups", "chunks", "behind", "eps", "scale")
 def pass_kernel(
     x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
     T, H, groups, chunks, behind, eps, scale,
-    SLOPE: tl.constexpr, EXTRA: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr,
-    PASSING: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
+    ROWS: tl.constexpr, SLOPE: tl.constexpr, EXTRA: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
+    STRICT: tl.constexpr, PASSING: tl.constexpr, C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program takes one group of chunks of one head, and a block of W.
@@ -209,11 +209,11 @@ def pass_kernel(
 
         if ROWS:
             row = tile(x, b, h, t, 0, real, K, BLOCK_K).to(DTYPE)
+            if EXTRA == "total":  # first: behind the others, ptxas 12.8 reads registers that nothing set
+                total = tl.sum(tl.dot(row, in_halves(more, DTYPE), input_precision=PRECISION), 1) / 8
             pairs = tl.dot(row, tl.trans(column), input_precision=PRECISION)
             found = tl.dot(row, state.to(DTYPE), input_precision=PRECISION)
-            if EXTRA == "total":
-                total = tl.sum(tl.dot(row, in_halves(more, DTYPE), input_precision=PRECISION), 1) / 8
-            elif EXTRA == "added":
+            if EXTRA == "added":
                 one = tl.full([C], 1.0, tl.float32)
                 if added.rows is not None:
                     one = per_token(added.rows, b, h, t, T, H, real)

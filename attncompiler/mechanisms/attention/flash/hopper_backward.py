@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attncompiler.blocks.launching.launcher import Launcher, known_by
 from attncompiler.mechanisms.attention.flash.hopper_forward import capped
 from attncompiler.mechanisms.attention.flash.hopper_tables import Visits, seen, steps, tile_at, walk, whole_steps
 from attncompiler.mechanisms.attention.flash.hopper_tensors import (
@@ -43,7 +44,6 @@ from attncompiler.mechanisms.attention.flash.hopper_tensors import (
     mappable,
     scales_of,
 )
-from attncompiler.mechanisms.attention.flash.launcher import Launcher, known_by
 
 meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 """The threads of a warpgroup wait for one another; Triton 3.7 renamed it."""

@@ -35,9 +35,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attncompiler.blocks.launching.launcher import Launcher, known_by
 from attncompiler.mechanisms.attention.flash.hopper_tables import Visits, seen, steps, tile_at, walk, whole_steps
 from attncompiler.mechanisms.attention.flash.hopper_tensors import LOG2E, describe, mappable, scales_of
-from attncompiler.mechanisms.attention.flash.launcher import Launcher, known_by
 
 _LOG2E: gl.constexpr = gl.constexpr(LOG2E)
 _LN2: gl.constexpr = gl.constexpr(math.log(2.0))

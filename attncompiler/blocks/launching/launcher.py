@@ -22,19 +22,21 @@ class Launcher:
     """A kernel, compiled by its first launch that is `known` by a name, and launched as it is by the others.
 
     All that Triton would look at must follow from the name: the shapes, strides, dtypes and alignment of what the
-    caller gave, with whatever chooses constants. A launch without a name is Triton's own.
+    caller gave, with whatever chooses constants, warps and stages. A launch without a name is Triton's own.
     """
 
     def __init__(self, kernel: Any):
         self.kernel = kernel
         self._compiled: dict[Hashable, Any] = {}
 
-    def __call__(self, grid: tuple[int, ...], known: Hashable | None, *arguments: object) -> None:
+    def __call__(
+        self, grid: tuple[int, ...], known: Hashable | None, *arguments: object, num_warps: int = 4, num_stages: int = 3
+    ) -> None:
         compiled = None if known is None else self._compiled.get(known)
         if compiled is not None:
             compiled[*grid, *(1,) * (3 - len(grid))](*arguments)
             return
-        compiled = self.kernel[grid](*arguments, num_warps=4)
+        compiled = self.kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
         if known is not None and isinstance(compiled, CompiledKernel):  # not one that is yet to be compiled
             if len(self._compiled) >= MOST:
                 self._compiled.clear()

@@ -1,0 +1,1 @@
+"""How kernels that Triton compiles are launched, whatever they compute."""
