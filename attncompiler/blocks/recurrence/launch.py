@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from attncompiler.blocks.recurrence.passes import (
     pass_kernel,
     products_kernel,
 )
-from attncompiler.blocks.recurrence.weights import Times
+from attncompiler.blocks.recurrence.weights import Times, sums_kernel
 
 Map = Literal["none", "elu", "relu"]
 """A feature map, of which that of all numbers to themselves is none."""
@@ -56,17 +56,37 @@ class Order:
     decay: Tensor | None = None
     """(B, T, H), natural logarithms, fp32"""
     runs: Tensor | None = None
-    """(B, T)"""
+    """(B, T) int32"""
     real: Tensor | None = None
     """(B, T) bool"""
     strict: bool = False
     """whether a token does not see itself"""
+    _sums: dict[int, Tensor] = field(default_factory=dict)
 
-    def argument(self) -> Times:
-        batch, token, head = (0, 0, 0) if self.decay is None else self.decay.stride()
+    def sums(self, tokens: int) -> Tensor | None:
+        """(2, B, H, T): the decays' sums from the first token of each chunk on, found once for all passes."""
+        if self.decay is None:
+            return None
+        if tokens not in self._sums:
+            B, T, H = self.decay.shape
+            found = torch.empty(2, B, H, T, dtype=torch.float32, device=self.decay.device)
+            heads = min(16, triton.next_power_of_2(H))
+            SUMS(
+                (B * triton.cdiv(T, tokens) * triton.cdiv(H, heads),),
+                (known_by(self.decay, self.real), tokens, heads),
+                *(self.decay, *self.decay.stride(), self.there, found, T, H, found.stride(0), tokens, heads),
+            )
+            self._sums[tokens] = found
+        return self._sums[tokens]
+
+    @property
+    def there(self) -> Tensor | None:
+        """`real` as numbers."""
+        return None if self.real is None else self.real.contiguous().view(torch.uint8)
+
+    def argument(self, tokens: int) -> Times:
         runs = None if self.runs is None else self.runs.to(torch.int32).contiguous()
-        real = None if self.real is None else self.real.contiguous().view(torch.uint8)
-        return Times(self.decay, batch, token, head, runs, real)
+        return Times(self.sums(tokens), runs, self.there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +175,15 @@ MOST_CHUNKS, FEWEST_CHUNKS, WAVES, ENOUGH = 64, 8, 3, 1.5
 two groups is written and read; and programs for each multiprocessor that are enough."""
 
 
-PASSING_TOKENS, MOST_PASSING = 32, 8
-"""Where the gradient of decays is found: tokens of a chunk, whose pairs are in registers three times, and chunks of a
-group, behind whose first what passes is a running sum, with the error of the largest number in it"""
+PASSING_TOKENS, MOST_PASSING = {True: 64, False: 32}, {2: 1024, 4: 256}
+"""Where the gradient of decays is found: tokens of a chunk, whose pairs are in registers three times, by whether rows
+of warpgroups have 64 numbers at most; and tokens of a group, by bytes of a number. Behind a group's first token what
+passes is a running sum, with the error of the largest number in it, which is below that of 16-bit numbers for longer."""
+
+
+def passing_tokens(device: Device, dtype: torch.dtype, K: int) -> int:
+    """Tokens of a chunk at most where the gradient of decays is found."""
+    return PASSING_TOKENS[device.capability[0] == 9 and dtype == torch.bfloat16 and K <= 64]
 
 
 def groups_for(device: Device, programs: int, T: int, tiles: Tiles, most: int = MOST_CHUNKS) -> Groups:
@@ -184,7 +210,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 PASS, CARRY = Launcher(pass_kernel), Launcher(carry_kernel)
-FEATURES, PRODUCTS = Launcher(features_kernel), Launcher(products_kernel)
+FEATURES, PRODUCTS, SUMS = Launcher(features_kernel), Launcher(products_kernel), Launcher(sums_kernel)
 NOTHING_ADDED, NO_FACTORS = Added(None, None), Factors(None, None)
 NOWHERE = Operand(None, 0, 0, 0, 1)
 """No operand. It is no field of another tuple: Triton 3.6 forgets which fields of those are None."""
@@ -221,7 +247,7 @@ def run(
     `factors` are what the tokens of x are multiplied by, and those of y. `extra` is one width more: "total", of u, by
     numbers 1; or "added", of x and y, by `added`. `raw` (B, T, H, W) are features, whose map's `slope` is multiplied
     onto out, and whose products are `dots`: with out, or with what is needed for the gradient of decays.
-    Then out is multiplied by `factor` (B, T, H), fp32; `skip` (H, W), fp32, times u is added to it; and silu of `z`
+    Then out is multiplied by `factor` (B, H, T), fp32; `skip` (H, W), fp32, times u is added to it; and silu of `z`
     (B, T, H, W) multiplied onto it. `most_tokens` bounds a chunk, as far as its tiles can be so small.
     `initial` (B, H, M) is the state that the first token met sees, M being K·W and the width of `extra`'s sums.
     Products are of numbers as good as `dtype`'s, which is u's unless another is said, and so is out.
@@ -233,11 +259,13 @@ def run(
     facts = device_of(device)
     tiles = tiles_for(facts, dtype, K, W)
     if dots == "passing":
-        most_tokens = min(most_tokens or PASSING_TOKENS, PASSING_TOKENS)
+        passing = passing_tokens(facts, dtype, K)
+        most_tokens = min(most_tokens or passing, passing)
     if most_tokens is not None:
         tiles = replace(tiles, tokens=min(tiles.tokens, max(LEAST_TOKENS, 1 << (most_tokens.bit_length() - 1))))
     blocks = triton.cdiv(W, tiles.width)
-    groups = groups_for(facts, B * H * blocks, T, tiles, MOST_PASSING if dots == "passing" else MOST_CHUNKS)
+    most = MOST_PASSING[dtype.itemsize] // tiles.tokens if dots == "passing" else MOST_CHUNKS
+    groups = groups_for(facts, B * H * blocks, T, tiles, most)
     out = torch.empty(B, T, H, W, dtype=out_dtype or dtype, device=device)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
     total = torch.empty(B, T, H, **wide) if extra == "total" else None
@@ -248,12 +276,13 @@ def run(
     source = (raw or Side(out)).argument()
     gate = NOWHERE if z is None else z.argument()
     skipped = Skip(None, 0, 0) if skip is None else Skip(skip, *skip.stride())
+    whole = order.real is None and T % tiles.tokens == 0
     constants = (
-        *(slope, extra, normalize, reverse, order.strict, dots == "passing"),
+        *(slope, extra, normalize, reverse, order.strict, dots == "passing", whole),
         *(tiles.tokens, K, W, M, max(16, triton.next_power_of_2(K)), tiles.width, DTYPES[dtype], precision(dtype)),
     )
-    times = order.argument()
-    given = (x.tensor, y.tensor, u.tensor, source.ptr, gate.ptr, *added, *factors, order.decay, times.runs, times.real)
+    times = order.argument(tiles.tokens)
+    given = (x.tensor, y.tensor, u.tensor, source.ptr, gate.ptr, *added, *factors, *times)
     shares = x.share, y.share, u.share, source.share
     known = known_by(*given, skip, factor, initial), shares, constants, tiles, out.dtype
     sides = (x.argument(), y.argument(), u.argument(), source, gate, added, factors, times, skipped)
@@ -266,7 +295,7 @@ def run(
             (B * H * (groups.count - 1) * blocks,),
             (known, "states"),
             *(*sides, None, between, kept, Result(out, None, None, None, None)),
-            *(T, H, groups.count - 1, groups.chunks, chunks, eps, scale),
+            *(T, H, B * H * T, groups.count - 1, groups.chunks, chunks, eps, scale),
             *(False, *constants),
             **shapes,
         )
@@ -276,7 +305,7 @@ def run(
         (B * H * groups.count * blocks,),
         (known, "rows", states is None, behind is None),
         *(*sides, initial, states, None, Result(out, total, products, factor, behind)),
-        *(T, H, groups.count, groups.chunks, chunks, eps, scale),
+        *(T, H, B * H * T, groups.count, groups.chunks, chunks, eps, scale),
         *(True, *constants),
         **shapes,
     )
@@ -305,14 +334,14 @@ def features(q: Tensor, k: Tensor, map: Map) -> tuple[Tensor, Tensor]:
 
 
 def products(x: Tensor, y: Tensor, real: Tensor | None = None) -> Tensor:
-    """x·y of each token and head, (B, T, H) in fp32, of x and y (B, T, H, W); 0 where `real` (B, T) is not."""
+    """x·y of each token and head, (B, H, T) in fp32, of x and y (B, T, H, W); 0 where `real` (B, T) is not."""
     return _products(x, y, None, 1.0, real, None)
 
 
 def divided(
     dout: Tensor, out: Tensor, divisor: Tensor, scale: float, real: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of numerator and divisor, (B, T, H, W) as they are multiplied and (B, T, H) in fp32, of
+    """The gradients of numerator and divisor, (B, T, H, W) as they are multiplied and (B, H, T) in fp32, of
     out (B, T, H, W) = scale · numerator / divisor; 0 where `real` (B, T) is not."""
     dtype = torch.float32 if dout.dtype == torch.float16 else dout.dtype
     numerator = torch.empty(dout.shape, dtype=dtype, device=dout.device)
@@ -323,7 +352,7 @@ def _products(
     x: Tensor, y: Tensor, divisor: Tensor | None, scale: float, real: Tensor | None, numerator: Tensor | None
 ) -> Tensor:
     B, T, H, W = x.shape
-    out = torch.empty(B, T, H, dtype=torch.float32, device=x.device)
+    out = torch.empty(B, H, T, dtype=torch.float32, device=x.device)
     wide = max(16, triton.next_power_of_2(W))
     tokens = max(1, NUMBERS // wide)
     there = None if real is None else real.contiguous().view(torch.uint8)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attncompiler.blocks.recurrence.weights import is_real, weights_of
+from attncompiler.blocks.recurrence.weights import is_real, place_of, weights_of
 
 
 class Operand(NamedTuple):
@@ -21,14 +21,14 @@ class Operand(NamedTuple):
 
 
 class Added(NamedTuple):
-    """One width more of x and y: a number for each token (B, T, H), fp32; None where it is 1."""
+    """One width more of x and y: a number for each token (B, H, T), fp32; None where it is 1."""
 
     rows: Any
     columns: Any
 
 
 class Factors(NamedTuple):
-    """What x's tokens are multiplied by, and y's: (B, T, H), fp32; None where that is 1."""
+    """What x's tokens are multiplied by, and y's: (B, H, T), fp32; None where that is 1."""
 
     rows: Any
     columns: Any
@@ -54,7 +54,7 @@ class Result(NamedTuple):
     """(2, blocks of W, B, H, T): the raw operand times what the state gives of out; and times what the chunk gives, or,
     PASSING and not in reverse, the pairs of a chunk that have the token behind them and their row ahead"""
     factor: Any
-    """(B, T, H): what a token's numbers are multiplied by in `out`, fp32"""
+    """(B, H, T): what a token's numbers are multiplied by in `out`, fp32"""
     final: Any
     """(B, H, M): the state behind the last chunk, flat, and the sums of one width more behind it"""
 
@@ -76,9 +76,12 @@ def slope(phi, MAP: tl.constexpr):
 
 
 @triton.jit
-def weighted(x, weight):
-    """x times a weight, and 0 where that is 0: what is not seen is not finite somewhere."""
-    return tl.where(weight == 0, 0.0, x * weight)
+def weighted(x, weight, RUNS: tl.constexpr):
+    """x times a weight; with documents, 0 where that is 0: what is not seen is not finite somewhere."""
+    if RUNS:
+        return tl.where(weight == 0, 0.0, x * weight)
+    else:
+        return x * weight
 
 
 @triton.jit
@@ -90,19 +93,20 @@ def in_halves(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def per_token(base, b, h, t, T, H, there):
-    """Numbers (B, T, H) of tokens t, 0 where there are none."""
-    return tl.load(base + (b.to(tl.int64) * T + t) * H + h, mask=there, other=0.0)
+def per_token(base, both, start, T, there, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Numbers (B, H, T) of a chunk's tokens, 0 where there are none, all of which there are where WHOLE."""
+    at = base + place_of(both, start, T, C, WHOLE) + tl.arange(0, C)
+    return tl.load(at) if WHOLE else tl.load(at, mask=there, other=0.0)
 
 
 @triton.jit
-def tile(operand, b, h, t, first, there, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """An operand's tokens t, columns from `first` on; 0 where there is nothing."""
+def tile(operand, b, h, t, first, there, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """An operand's tokens t, columns from `first` on; 0 where there is nothing. Every token is there where WHOLE."""
     c = first + tl.arange(0, BLOCK)
     at = operand.ptr + b.to(tl.int64) * operand.batch + (h // operand.share).to(tl.int64) * operand.head
     at = at + t.to(tl.int64)[:, None] * operand.token + c[None, :]
-    if BLOCK == WIDTH:
-        return tl.load(at, mask=there[:, None], other=0.0)
+    if WIDTH % BLOCK == 0:
+        return tl.load(at) if WHOLE else tl.load(at, mask=there[:, None], other=0.0)
     else:
         return tl.load(at, mask=there[:, None] & (c < WIDTH)[None, :], other=0.0)
 
@@ -137,25 +141,27 @@ def write_state(base, number, first, state, more, K: tl.constexpr, W: tl.constex
         tl.store(at + K * W + w, more, mask=w < W)
 
 
-SIZES = ("T", "H", "groups", "chunks", "behind", "eps", "scale")
+SIZES = ("T", "H", "apart", "groups", "chunks", "behind", "eps", "scale")
 """Arguments of which no value has code of its own."""
 
 
 @triton.jit(do_not_specialize=SIZES)
 def pass_kernel(
     x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
-    T, H, groups, chunks, behind, eps, scale,
+    T, H, apart, groups, chunks, behind, eps, scale,
     ROWS: tl.constexpr, SLOPE: tl.constexpr, EXTRA: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
-    STRICT: tl.constexpr, PASSING: tl.constexpr, C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    STRICT: tl.constexpr, PASSING: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program takes one group of chunks of one head, and a block of W.
 
     With ROWS it begins from the state before its group, which is `initial` or in `states`, and finds `out`; without it
     begins from nothing and leaves what its group adds in `states`, and what it keeps of the state before it in
     `through_of`. In reverse it goes from chunk `behind` − 1, the last or one of those without tokens that fill the last
-    group, to the first. EXTRA is one width more: of u, whose numbers are 1 and whose
-    sums are `total`; or of x and y, `added`. `out` is multiplied by silu of `gate` at last, an operand (B, T, H, W).
+    group and are left out, to the first. EXTRA is one width more: of u, whose numbers are 1 and whose sums are `total`;
+    or of x and y, `added`. `out` is multiplied by silu of `gate` at last, an operand (B, T, H, W). WHOLE says that
+    chunks have C tokens and none is padding.
 
     x, y and u go to the matrix units as they lie in memory: what tokens are multiplied by is in the weights of pairs,
     and where it cannot be, in u's for the state. Sums over tokens of one number each are products of matrices too.
@@ -166,12 +172,10 @@ def pass_kernel(
     step, both = place % groups, place // groups
     b, h = both // H, both % H
     first = block * BLOCK_W
-    WEIGHTED: tl.constexpr = (
-        (times.decay is not None)
-        or (times.runs is not None)
-        or (factors.rows is not None)
-        or (factors.columns is not None)
-    )
+    RUNS: tl.constexpr = times.runs is not None
+    PASSED: tl.constexpr = (times.sums is not None) or RUNS  # whether a state is weighted
+    ENTERED: tl.constexpr = PASSED or (factors.rows is not None)
+    LEFT: tl.constexpr = PASSED or (factors.columns is not None)
 
     state = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
     more = tl.zeros([1], tl.float32)
@@ -188,27 +192,31 @@ def pass_kernel(
                 state, more = read_state(states, at, first, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
 
     kept = 1.0
-    for i in range(step * chunks, tl.minimum((step + 1) * chunks, behind)):
+    w = first + tl.arange(0, BLOCK_W)
+    if skip.ptr is not None:
+        share = tl.load(skip.ptr + h * skip.head + w * skip.width, mask=w < W, other=0.0)
+    empty = behind - tl.cdiv(T, C) if REVERSE else 0
+    for i in range(tl.maximum(step * chunks, empty), tl.minimum((step + 1) * chunks, behind)):
         start = (behind - 1 - i if REVERSE else i) * C
         t = start + tl.arange(0, C)
         real = is_real(times, b, t, T)
-        weights, enters, leaves, through = weights_of(times, b, h, t, start, T, real, C, REVERSE, STRICT)
+        weights, seen, enters, leaves, through = weights_of(times, both, b, start, T, apart, C, REVERSE, STRICT, WHOLE)
         if factors.columns is not None:
-            count_for = per_token(factors.columns, b, h, t, T, H, real)
-            weights = weighted(weights, count_for[None, :])
-            leaves = weighted(leaves, count_for)
+            factor = per_token(factors.columns, both, start, T, real, C, WHOLE)
+            weights *= factor[None, :]
+            leaves *= factor
         if factors.rows is not None:
-            count_for = per_token(factors.rows, b, h, t, T, H, real)
-            weights = weighted(weights, count_for[:, None])
-            enters = weighted(enters, count_for)
-        column = tile(y, b, h, t, 0, real, K, BLOCK_K).to(DTYPE)
-        summed = tile(u, b, h, t, first, real, W, BLOCK_W).to(DTYPE)
-        count = tl.where(real, 1.0, 0.0)
+            factor = per_token(factors.rows, both, start, T, real, C, WHOLE)
+            weights *= factor[:, None]
+            enters *= factor
+        column = tile(y, b, h, t, 0, real, K, BLOCK_K, WHOLE).to(DTYPE)
+        summed = tile(u, b, h, t, first, real, W, BLOCK_W, WHOLE).to(DTYPE)
+        count = tl.full([C], 1.0, tl.float32)
         if EXTRA == "added" and added.columns is not None:
-            count = per_token(added.columns, b, h, t, T, H, real)
+            count = per_token(added.columns, both, start, T, real, C, WHOLE)
 
         if ROWS:
-            row = tile(x, b, h, t, 0, real, K, BLOCK_K).to(DTYPE)
+            row = tile(x, b, h, t, 0, real, K, BLOCK_K, WHOLE).to(DTYPE)
             if EXTRA == "total":  # first: behind the others, ptxas 12.8 reads registers that nothing set
                 total = tl.sum(tl.dot(row, in_halves(more, DTYPE), input_precision=PRECISION), 1) / 8
             pairs = tl.dot(row, tl.trans(column), input_precision=PRECISION)
@@ -216,18 +224,20 @@ def pass_kernel(
             if EXTRA == "added":
                 one = tl.full([C], 1.0, tl.float32)
                 if added.rows is not None:
-                    one = per_token(added.rows, b, h, t, T, H, real)
+                    one = per_token(added.rows, both, start, T, real, C, WHOLE)
                 pairs += one[:, None] * count[None, :]
                 found += one[:, None] * more[None, :]
-            pairs = weighted(pairs, weights)
-            if WEIGHTED:
-                found = weighted(found, enters[:, None])
+            if (times.sums is not None) or (factors.columns is not None) or (factors.rows is not None):
+                pairs *= weights
+            pairs = tl.where(seen, pairs, 0.0)
+            if ENTERED:
+                found = weighted(found, enters[:, None], RUNS)
             if EXTRA == "total":
-                if WEIGHTED:
-                    total = weighted(total, enters)
+                if ENTERED:
+                    total = weighted(total, enters, RUNS)
                 total += tl.sum(pairs, 1)
             if result.dots is not None:
-                features = tile(raw, b, h, t, first, real, W, BLOCK_W)
+                features = tile(raw, b, h, t, first, real, W, BLOCK_W, WHOLE)
                 heads = tl.num_programs(0) // (groups * BLOCKS)
                 at = result.dots + (block * heads + both).to(tl.int64) * T + t
                 tl.store(at, tl.sum(features.to(tl.float32) * found, 1), mask=t < T)
@@ -235,14 +245,16 @@ def pass_kernel(
                 if PASSING and not REVERSE:
                     # summed as they are, and not by row less by column: those two are large where they nearly cancel
                     products = tl.dot(features.to(DTYPE), tl.trans(summed), input_precision=PRECISION)
-                    upto = tl.cumsum(pairs * products, 1)
-                    tl.store(at, tl.sum(tl.where(t[:, None] > t[None, :], upto, 0.0), 0), mask=t < T)
+                    i = tl.arange(0, C)
+                    upto = tl.where(i[:, None] <= i[None, :], 1.0, 0.0).to(DTYPE)
+                    upto = tl.dot((pairs * products).to(DTYPE), upto, input_precision=PRECISION)
+                    tl.store(at, tl.sum(tl.where(i[:, None] > i[None, :], upto, 0.0), 0), mask=t < T)
                 elif not PASSING:
                     given = tl.dot(pairs.to(DTYPE), summed, input_precision=PRECISION)
                     tl.store(at, tl.sum(features.to(tl.float32) * given, 1), mask=t < T)
             found = tl.dot(pairs.to(DTYPE), summed, found, input_precision=PRECISION)
             if SLOPE != "none":
-                found *= slope(tile(raw, b, h, t, first, real, W, BLOCK_W).to(tl.float32), SLOPE)
+                found *= slope(tile(raw, b, h, t, first, real, W, BLOCK_W, WHOLE).to(tl.float32), SLOPE)
             if EXTRA == "total":
                 if NORMALIZE:
                     total = tl.where(real, total + eps, 1.0)
@@ -250,27 +262,30 @@ def pass_kernel(
                 if first == 0:
                     tl.store(result.total + (b.to(tl.int64) * T + t) * H + h, total, mask=t < T)
             if result.factor is not None:
-                found *= per_token(result.factor, b, h, t, T, H, real)[:, None]
-            w = first + tl.arange(0, BLOCK_W)
+                found *= per_token(result.factor, both, start, T, real, C, WHOLE)[:, None]
             if skip.ptr is not None:
-                share = tl.load(skip.ptr + h * skip.head + w * skip.width, mask=w < W, other=0.0)
-                found += share[None, :] * tile(u, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
+                found += share[None, :] * tile(u, b, h, t, first, real, W, BLOCK_W, WHOLE).to(tl.float32)
             if gate.ptr is not None:
-                z = tile(gate, b, h, t, first, real, W, BLOCK_W).to(tl.float32)
+                z = tile(gate, b, h, t, first, real, W, BLOCK_W, WHOLE).to(tl.float32)
                 found *= z * tl.sigmoid(z)
-            found = tl.where(real[:, None], found * scale, 0.0)
+            found *= scale
             at = result.out + ((b.to(tl.int64) * T + t) * H + h)[:, None] * W + w[None, :]
-            tl.store(at, found.to(result.out.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
+            if WHOLE and W % BLOCK_W == 0:
+                tl.store(at, found.to(result.out.dtype.element_ty))
+            else:
+                found = tl.where(real[:, None], found, 0.0)
+                tl.store(at, found.to(result.out.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
 
         if EXTRA == "total":
             counted = tl.dot(tl.trans(column), in_halves(leaves, DTYPE), input_precision=PRECISION)
-            more = (weighted(more, through) if WEIGHTED else more) + tl.sum(counted, 1) / 8
+            more = (weighted(more, through, RUNS) if PASSED else more) + tl.sum(counted, 1) / 8
         elif EXTRA == "added":
             counted = tl.dot(tl.trans(in_halves(count * leaves, DTYPE)), summed, input_precision=PRECISION)
-            more = (weighted(more, through) if WEIGHTED else more) + tl.sum(counted, 0) / 8
-        if WEIGHTED:
-            summed = weighted(summed.to(tl.float32), leaves[:, None]).to(DTYPE)
-            state = weighted(state, through)
+            more = (weighted(more, through, RUNS) if PASSED else more) + tl.sum(counted, 0) / 8
+        if LEFT:
+            summed = weighted(summed.to(tl.float32), leaves[:, None], RUNS).to(DTYPE)
+        if PASSED:
+            state = weighted(state, through, RUNS)
             kept *= through
         state = tl.dot(tl.trans(column), summed, state, input_precision=PRECISION)
 
@@ -292,7 +307,7 @@ def carry_kernel(states, through_of, initial, groups, M, BLOCK: tl.constexpr):
         state = tl.load(initial + both.to(tl.int64) * M + m, mask=m < M, other=0.0)
     for group in range(groups):
         at = states + (both.to(tl.int64) * groups + group) * M + m
-        kept = weighted(state, tl.load(through_of + both * groups + group))
+        kept = weighted(state, tl.load(through_of + both * groups + group), True)
         state = kept + tl.load(at, mask=m < M, other=0.0)
         tl.store(at, state, mask=m < M)
 
@@ -311,10 +326,10 @@ def features_kernel(
     at = ((b.to(tl.int64) * T + t) * H + h)[:, None] * K + k[None, :]
     inside = (t < T)[:, None] & (k < K)[None, :]
     if tl.program_id(0) % 2 == 0:
-        found = mapped(tile(first, b, h, t, 0, t < T, K, BLOCK_K).to(tl.float32), MAP)
+        found = mapped(tile(first, b, h, t, 0, t < T, K, BLOCK_K, False).to(tl.float32), MAP)
         tl.store(of_first + at, found.to(of_first.dtype.element_ty), mask=inside)
     else:
-        found = mapped(tile(second, b, h, t, 0, t < T, K, BLOCK_K).to(tl.float32), MAP)
+        found = mapped(tile(second, b, h, t, 0, t < T, K, BLOCK_K, False).to(tl.float32), MAP)
         tl.store(of_second + at, found.to(of_second.dtype.element_ty), mask=inside)
 
 
@@ -322,7 +337,7 @@ def features_kernel(
 def products_kernel(
     x, y, divisor, real, out, numerator, T, H, scale, C: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """out (B, T, H) = x·y of each token and head, x and y being Operands (B, T, H, W); 0 where `real` (B, T) is 0.
+    """out (B, H, T) = x·y of each token and head, x and y being Operands (B, T, H, W); 0 where `real` (B, T) is 0.
 
     With a divisor (B, T, H), out is −1 over it times that, and numerator (B, T, H, W) is scale over it times x.
     """
@@ -333,8 +348,8 @@ def products_kernel(
     there = t < T
     if real is not None:
         there &= tl.load(real + b.to(tl.int64) * T + t, mask=there, other=0) != 0
-    left = tile(x, b, h, t, 0, there, W, BLOCK_W).to(tl.float32)
-    found = tl.sum(left * tile(y, b, h, t, 0, there, W, BLOCK_W).to(tl.float32), 1)
+    left = tile(x, b, h, t, 0, there, W, BLOCK_W, False).to(tl.float32)
+    found = tl.sum(left * tile(y, b, h, t, 0, there, W, BLOCK_W, False).to(tl.float32), 1)
     each = (b.to(tl.int64) * T + t) * H + h
     if divisor is not None:
         by = tl.load(divisor + each, mask=there, other=1.0)
@@ -342,4 +357,4 @@ def products_kernel(
         left = left * (scale / by)[:, None]
         at = numerator + each[:, None] * W + w[None, :]
         tl.store(at, left.to(numerator.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
-    tl.store(out + each, found, mask=t < T)
+    tl.store(out + both.to(tl.int64) * T + t, found, mask=t < T)

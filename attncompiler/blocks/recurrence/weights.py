@@ -2,7 +2,7 @@
 
 Exponents are of base 2. A sum of decays up to a token is kept as a whole number and a remainder of at most 1/2, so that
 the difference of two long sums still holds what lies between two tokens that are near: the sum is taken in fp64, of the
-few numbers of a chunk.
+few numbers of a chunk, once for all programs of a head.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ LEAST = tl.constexpr(-8192.0)
 class Times(NamedTuple):
     """What says how tokens count for later ones; each None where there is nothing of it."""
 
-    decay: Any
-    """natural logarithms (B, T, H), by strides"""
-    decay_batch: Any
-    decay_token: Any
-    decay_head: Any
+    sums: Any
+    """(2, B, H, T): of decays, as `sums_kernel` leaves them"""
     runs: Any
     """(B, T) int32: the number of the document a token is of"""
     real: Any
@@ -40,56 +37,82 @@ def is_real(times, b, t, T):
     return there
 
 
-@triton.jit
-def decays(times, b, h, t, real):
-    """Sums of a chunk's decays up to and with each token, and of all, each as a whole number and a remainder."""
-    at = times.decay + b.to(tl.int64) * times.decay_batch + h.to(tl.int64) * times.decay_head
-    each = tl.load(at + t.to(tl.int64) * times.decay_token, mask=real, other=0.0).to(tl.float64) * LOG2E
+@triton.jit(do_not_specialize=["T", "H", "apart"])
+def sums_kernel(
+    decay, batch, token, head, real, sums, T, H, apart, C: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Sums of decays (B, T, H), natural logarithms by strides, from the first token of each chunk of C on.
+
+    sums (2, B, H, T), `apart` from one another: those up to and with each token, as whole numbers and remainders.
+    Padding, by `real` (B, T), has a decay of 0.
+    """
+    blocks, chunks = tl.cdiv(H, HEADS), tl.cdiv(T, C)
+    place = tl.program_id(0) // blocks
+    b, t = place // chunks, place % chunks * C + tl.arange(0, C)
+    h = tl.program_id(0) % blocks * HEADS + tl.arange(0, HEADS)
+    there = t < T
+    if real is not None:
+        there &= tl.load(real + b.to(tl.int64) * T + t, mask=there, other=0) != 0
+    at = decay + b.to(tl.int64) * batch + t.to(tl.int64)[:, None] * token + h.to(tl.int64)[None, :] * head
+    each = tl.load(at, mask=there[:, None] & (h < H)[None, :], other=0.0).to(tl.float64) * LOG2E
     each = tl.where(each < LEAST, LEAST, each)  # a maximum would swallow NaN
     upto = tl.cumsum(each, 0)
-    every = tl.sum(each, 0)
-    whole, whole_of_all = tl.floor(upto + 0.5), tl.floor(every + 0.5)
-    return (
-        whole.to(tl.float32),
-        (upto - whole).to(tl.float32),
-        whole_of_all.to(tl.float32),
-        (every - whole_of_all).to(tl.float32),
-    )
+    whole = tl.floor(upto + 0.5)
+    at = sums + (b.to(tl.int64) * H + h)[None, :] * T + t[:, None]
+    inside = (t < T)[:, None] & (h < H)[None, :]
+    tl.store(at, whole.to(tl.float32), mask=inside)
+    tl.store(at + apart, (upto - whole).to(tl.float32), mask=inside)
 
 
 @triton.jit
-def weights_of(times, b, h, t, start, T, real, C: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr):
-    """Of a chunk: (C, C) what columns count for rows; (C,) what the state before it (in reverse: behind it) counts for
-    rows, and what columns count for the state on the other side; and what that state keeps of the first one.
+def place_of(both, start, T, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Where a chunk begins in (B, H, T): at a multiple of C where chunks are WHOLE, which wide loads must know."""
+    place = both.to(tl.int64) * T + start
+    return tl.multiple_of(place, C) if WHOLE else place
 
-    Without decays and documents the last three are 1.
+
+@triton.jit
+def weights_of(
+    times, both, b, start, T, apart, C: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Of a chunk: (C, C) what columns count for rows, and which of them count; (C,) what the state before it (in
+    reverse: behind it) counts for rows, and what columns count for the state on the other side; and what that state
+    keeps of the first one.
+
+    Without decays the first is 1, and the last three are where there are no documents either.
     """
     i = tl.arange(0, C)
     ahead = i[None, :] - i[:, None] if REVERSE else i[:, None] - i[None, :]
     seen = ahead > 0 if STRICT else ahead >= 0
     enters, leaves = tl.full([C], 1.0, tl.float32), tl.full([C], 1.0, tl.float32)
-    through = 1.0
-    if times.decay is not None:
-        whole, part, whole_of_all, part_of_all = decays(times, b, h, t, real)
+    weights, through = 1.0, 1.0
+    if times.runs is not None:
+        at = times.runs + b.to(tl.int64) * T
+        run = tl.load(at + start + i, mask=start + i < T, other=-1)
+        last = tl.load(at + tl.minimum(start + C, T) - 1)
+        before = tl.load(at + start - 1, mask=start > 0, other=0)
+        seen &= run[:, None] == run[None, :]
+    if times.sums is not None:
+        at = times.sums + place_of(both, start, T, C, WHOLE)
+        if WHOLE:
+            apart = tl.multiple_of(apart, C)
+            end = C - 1
+            whole, part = tl.load(at + i), tl.load(at + apart + i)
+        else:
+            end = tl.minimum(C, T - start) - 1
+            whole = tl.load(at + i, mask=start + i < T, other=0.0)
+            part = tl.load(at + apart + i, mask=start + i < T, other=0.0)
+        whole_of_all, part_of_all = tl.load(at + end), tl.load(at + apart + end)
         between = (whole[:, None] - whole[None, :]) + (part[:, None] - part[None, :])
-        if REVERSE:
-            between = -between
-        weights = tl.exp2(tl.where(seen, between, float("-inf")))
+        weights = tl.exp2(tl.where(seen, -between if REVERSE else between, 0.0))
         enters = tl.exp2(whole + part)
         leaves = tl.exp2((whole_of_all - whole) + (part_of_all - part))
         through = tl.exp2(whole_of_all + part_of_all)
-    else:
-        weights = tl.where(seen, 1.0, 0.0)
     if times.runs is not None:
-        at = times.runs + b.to(tl.int64) * T
-        run = tl.load(at + t, mask=t < T, other=-1)
-        last = tl.load(at + tl.minimum(start + C, T) - 1)
-        before = tl.load(at + tl.minimum(start, T) - 1, mask=start > 0, other=0)
-        weights = tl.where(run[:, None] == run[None, :], weights, 0.0)
         enters = tl.where(run == before, enters, 0.0)
         leaves = tl.where(run == last, leaves, 0.0)
         through = tl.where(last == before, through, 0.0)
     if REVERSE:
-        return weights, leaves, enters, through
+        return weights, seen, leaves, enters, through
     else:
-        return weights, enters, leaves, through
+        return weights, seen, enters, leaves, through

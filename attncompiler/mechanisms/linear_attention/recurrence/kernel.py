@@ -123,7 +123,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: LinearA
         numerator, dz = divided(dout, outputs["out"], outputs["normalizer"], options.scale, call.real)
     else:
         numerator = dout if options.scale == 1 else options.scale * dout
-        dz = torch.zeros(call.B, call.T, call.H, **call.wide)
+        dz = torch.zeros(call.B, call.H, call.T, **call.wide)
     final = None
     if "final_s" in grads or "final_z" in grads:
         nothing = torch.zeros(call.B, call.H, call.R, call.V, **call.wide)

@@ -27,7 +27,8 @@ class Call:
         self.raw = raw + inputs["dt_bias"] if "dt_bias" in inputs else raw
         # above its threshold torch takes softplus(x) as x, which by default is wrong in the tenth digit
         self.free = F.softplus(self.raw, threshold=40) if options.dt_softplus else self.raw
-        self.delta = self.masked(self.free.clamp(*options.dt_limit)).contiguous()
+        self.delta = self.masked(self.free.clamp(*options.dt_limit))
+        self.factor = self.delta.transpose(1, 2).contiguous()
         runs = run_numbers(inputs.get("segment_ids"), self.real)
         self.order = Order(self.delta * inputs["a"], runs, self.real)
 
@@ -65,7 +66,7 @@ def _read(call: Call, z: Side | None, dtype: torch.dtype) -> Found:
         Side(call.x),
         call.order,
         H=call.H,
-        factors=Factors(None, call.delta),
+        factors=Factors(None, call.factor),
         skip=call.skip,
         z=z,
         most_tokens=call.options.chunk_size,
@@ -110,9 +111,9 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Mamba2O
             out_dtype=wide,
         )
 
-    dc = shared(rows, x, b, c, Factors(None, call.delta), start, reverse=False)
+    dc = shared(rows, x, b, c, Factors(None, call.factor), start, reverse=False)
     found["c"] = _over_heads(call, dc.out)
-    db = shared(x, rows, c, b, Factors(call.delta, None), end, reverse=True)
+    db = shared(x, rows, c, b, Factors(call.factor, None), end, reverse=True)
     found["b"] = _over_heads(call, db.out)
     assert db.final is not None
     met = None if start is None else torch.linalg.vecdot(start.flatten(2), db.final)
@@ -127,7 +128,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Mamba2O
         H=call.H,
         reverse=True,
         raw=x,
-        factor=call.delta,
+        factor=call.factor,
         skip=call.skip,
         dots="all",
         most_tokens=most,
@@ -166,7 +167,7 @@ def _ungated(call: Call, dout: Tensor, found: dict[str, Tensor]) -> Tensor:
         if inputs["d"].dim() == 2:
             found["d"] = (dout.float() * x.float()).sum((0, 1))
         else:
-            found["d"] = products(dout, x).sum((0, 1))
+            found["d"] = products(dout, x).sum((0, 2))
     return dout.to(call.x.dtype)
 
 
