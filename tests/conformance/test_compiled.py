@@ -89,10 +89,10 @@ def test_a_known_launch_runs_what_the_first_of_its_name_compiled(monkeypatch: py
     assert all(grid == (7, n, 1) for who, grid, (n,) in ran if who == "compiled")
 
 
-@pytest.mark.parametrize(("mechanism", "calls", "ways"), [("attention", 4000, 200), ("recurrence", 1500, 200)])
-def test_a_launch_is_known_by_all_that_it_is_compiled_for(mechanism: str, calls: int, ways: int) -> None:
+@pytest.mark.parametrize(("drawn", "calls", "ways"), [("attention", 4000, 200), ("recurrence", 1500, 200)])
+def test_a_launch_is_known_by_all_that_it_is_compiled_for(drawn: str, calls: int, ways: int) -> None:
     """`Launcher` runs what an earlier launch of the same name compiled: Triton would have compiled the same."""
-    found = in_a_process("relaunched.py", mechanism, calls)
+    found = in_a_process("relaunched.py", drawn, calls)
     assert found["launches"] > 1.5 * found["names"]  # the same names come again, with other tensors
     assert found["ways"] > ways
     assert not found["in more than one way"]

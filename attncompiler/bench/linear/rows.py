@@ -82,6 +82,13 @@ def _equal_states(T: int, R: int, **more: Any) -> tuple[Row, ...]:
     )
 
 
+def _lengths(tokens: int, lengths: tuple[int, ...], **more: Any) -> tuple[Row, ...]:
+    """The same number of tokens as sequences of several lengths: a device is as busy with all."""
+    return tuple(
+        Row("length", f"b{tokens // T}-t{T}", B=tokens // T, T=T, feature_map="identity", **more) for T in lengths
+    )
+
+
 CUDA: tuple[Row, ...] = (
     *_shapes("elu", LONG),
     *_shapes("raw", LONG, feature_map="identity"),
@@ -92,7 +99,7 @@ CUDA: tuple[Row, ...] = (
     Row("decode", "raw-b64", T=1, B=64, feature_map="identity"),
     Row("decode", "scalar-b64", T=1, B=64, feature_map="identity", decay="scalar"),
     # last, so that a device that is lost in the longest row has done the others
-    *(Row("length", f"t{T}", T=T, feature_map="identity") for T in (2048, 16384, 131072, 1048576)),
+    *_lengths(2**20, (2048, 16384, 131072, 2**20)),
 )
 
 _SMALL: dict[str, Any] = {"H": 8, "D": 64, "V": 64}
@@ -106,5 +113,5 @@ CPU: tuple[Row, ...] = (
     Row("decode", "elu-b4", T=1, B=4, **_SMALL),
     Row("decode", "raw-b4", T=1, B=4, **_SMALL, feature_map="identity"),
     Row("decode", "scalar-b4", T=1, B=4, **_SMALL, feature_map="identity", decay="scalar"),
-    *(Row("length", f"t{T}", T=T, **_SMALL, feature_map="identity") for T in (512, 2048, 8192)),
+    *_lengths(8192, (512, 2048, 8192), **_SMALL),
 )

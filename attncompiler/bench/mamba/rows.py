@@ -79,12 +79,12 @@ def _operands(given: dict[str, Shape], out: Shape, state: Shape | None) -> Opera
     return Operands({**given, "initial_state": state}, out, WIDE, states=STATES)
 
 
-def _lengths(kind: type[Row], group: str, lengths: tuple[int, ...], longest: int, **more: Any) -> tuple[Row, ...]:
-    """The same at several lengths; those above `longest` without their backward."""
-    return tuple(kind(group, f"t{T}", T=T, forward_only=longest < T, **more) for T in lengths)
+def _lengths(kind: type[Row], group: str, tokens: int, lengths: tuple[int, ...], **more: Any) -> tuple[Row, ...]:
+    """The same number of tokens as sequences of several lengths: a device is as busy with all."""
+    return tuple(kind(group, f"b{tokens // T}-t{T}", B=tokens // T, T=T, **more) for T in lengths)
 
 
-LENGTHS = (2048, 16384, 131072, 1048576)
+LENGTHS = (2048, 16384, 131072, 2**20)
 
 CUDA: tuple[Row, ...] = (
     Scan("s6", "b8-t2048-e4096", B=8, T=2048),
@@ -94,8 +94,8 @@ CUDA: tuple[Row, ...] = (
     Scan("decode", "s6-b64-e4096", T=1, B=64),
     Duality("decode", "ssd-b64", T=1, B=64),
     # last, so that a device that is lost in the longest rows has done the others
-    *_lengths(Scan, "s6-length", LENGTHS, 131072, E=2048),
-    *_lengths(Duality, "ssd-length", LENGTHS, 131072),
+    *_lengths(Scan, "s6-length", 2**20, LENGTHS, E=2048),
+    *_lengths(Duality, "ssd-length", 2**20, LENGTHS, forward_only=True),
 )
 
 _HEADS: dict[str, Any] = {"H": 16, "P": 32, "N": 64}
@@ -106,6 +106,6 @@ CPU: tuple[Row, ...] = (
     *(Duality("ssd", f"b1-t{T}-h16-p32-n64", T=T, **_HEADS) for T in (256, 2048)),
     Scan("decode", "s6-b4-e512", T=1, B=4, E=512),
     Duality("decode", "ssd-b4-h16-p32-n64", T=1, B=4, **_HEADS),
-    *_lengths(Scan, "s6-length", (512, 2048, 8192), 8192, E=256),
-    *_lengths(Duality, "ssd-length", (512, 2048, 8192), 8192, **_HEADS),
+    *_lengths(Scan, "s6-length", 8192, (512, 2048, 8192), E=256),
+    *_lengths(Duality, "ssd-length", 8192, (512, 2048, 8192), **_HEADS),
 )

@@ -178,7 +178,7 @@ two groups is written and read; and programs for each multiprocessor that are en
 PASSING_TOKENS, MOST_PASSING = {True: 64, False: 32}, {2: 1024, 4: 256}
 """Where the gradient of decays is found: tokens of a chunk, whose pairs are in registers three times, by whether rows
 of warpgroups have 64 numbers at most; and tokens of a group, by bytes of a number. Behind a group's first token what
-passes is a running sum, with the error of the largest number in it, which is below that of 16-bit numbers for longer."""
+passes is a running sum, with the error of the largest number in it; what is of 16-bit numbers has errors above that."""
 
 
 def passing_tokens(device: Device, dtype: torch.dtype, K: int) -> int:

@@ -100,8 +100,8 @@ def weights_of(
             whole, part = tl.load(at + i), tl.load(at + apart + i)
         else:
             end = tl.minimum(C, T - start) - 1
-            whole = tl.load(at + i, mask=start + i < T, other=0.0)
-            part = tl.load(at + apart + i, mask=start + i < T, other=0.0)
+            held = tl.minimum(i, end)  # what lies behind the last token is as far as that
+            whole, part = tl.load(at + held), tl.load(at + apart + held)
         whole_of_all, part_of_all = tl.load(at + end), tl.load(at + apart + end)
         between = (whole[:, None] - whole[None, :]) + (part[:, None] - part[None, :])
         weights = tl.exp2(tl.where(seen, -between if REVERSE else between, 0.0))
