@@ -216,6 +216,18 @@ NOWHERE = Operand(None, 0, 0, 0, 1)
 """No operand. It is no field of another tuple: Triton 3.6 forgets which fields of those are None."""
 
 
+def together_for(device: Device, summed: int, programs: int) -> int:
+    """How many of so many heads, whose `out` is summed, a program takes one after the other, with programs for all."""
+    if device.interpreted:
+        return 2 - summed % 2
+    most = programs // (SUMMING * device.multiprocessors)
+    return max(count for count in range(1, summed + 1) if summed % count == 0 and count <= max(1, most))
+
+
+SUMMING = 4
+"""programs for each multiprocessor at least, where they take several heads"""
+
+
 def run(
     x: Side,
     y: Side,
@@ -239,6 +251,7 @@ def run(
     most_tokens: int | None = None,
     initial: Tensor | None = None,
     final: bool = False,
+    summed: int = 1,
     dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Found:
@@ -250,6 +263,7 @@ def run(
     Then out is multiplied by `factor` (B, H, T), fp32; `skip` (H, W), fp32, times u is added to it; and silu of `z`
     (B, T, H, W) multiplied onto it. `most_tokens` bounds a chunk, as far as its tiles can be so small.
     `initial` (B, H, M) is the state that the first token met sees, M being K·W and the width of `extra`'s sums.
+    Of so many heads beside each other as `summed`, `out` is summed in parts: (B, T, parts, W) in fp32.
     Products are of numbers as good as `dtype`'s, which is u's unless another is said, and so is out.
     """
     B, T = x.tensor.shape[:2]
@@ -266,7 +280,9 @@ def run(
     blocks = triton.cdiv(W, tiles.width)
     most = MOST_PASSING[dtype.itemsize] // tiles.tokens if dots == "passing" else MOST_CHUNKS
     groups = groups_for(facts, B * H * blocks, T, tiles, most)
-    out = torch.empty(B, T, H, W, dtype=out_dtype or dtype, device=device)
+    together = together_for(facts, summed, B * H * groups.count * blocks)
+    out_dtype = torch.float32 if together > 1 else out_dtype or dtype
+    out = torch.empty(B, T, H // together, W, dtype=out_dtype, device=device)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
     total = torch.empty(B, T, H, **wide) if extra == "total" else None
     parts = 1 if dots == "passing" and reverse else 2
@@ -278,8 +294,19 @@ def run(
     skipped = Skip(None, 0, 0) if skip is None else Skip(skip, *skip.stride())
     whole = order.real is None and T % tiles.tokens == 0
     constants = (
-        *(slope, extra, normalize, reverse, order.strict, dots == "passing", whole),
-        *(tiles.tokens, K, W, M, max(16, triton.next_power_of_2(K)), tiles.width, DTYPES[dtype], precision(dtype)),
+        *(slope, extra, normalize, reverse, order.strict, dots == "passing"),
+        *(
+            together > 1,
+            whole,
+            tiles.tokens,
+            K,
+            W,
+            M,
+            max(16, triton.next_power_of_2(K)),
+            tiles.width,
+            DTYPES[dtype],
+            precision(dtype),
+        ),
     )
     times = order.argument(tiles.tokens)
     given = (x.tensor, y.tensor, u.tensor, source.ptr, gate.ptr, *added, *factors, *times)
@@ -295,17 +322,17 @@ def run(
             (B * H * (groups.count - 1) * blocks,),
             (known, "states"),
             *(*sides, None, between, kept, Result(out, None, None, None, None)),
-            *(T, H, B * H * T, groups.count - 1, groups.chunks, chunks, eps, scale),
+            *(T, H, B * H * T, 1, groups.count - 1, groups.chunks, chunks, eps, scale),
             *(False, *constants),
             **shapes,
         )
         CARRY((B * H, triton.cdiv(M, 1024)), known, between, kept, initial, groups.count - 1, M, 1024)
         states = between
     PASS(
-        (B * H * groups.count * blocks,),
+        (B * H // together * groups.count * blocks,),
         (known, "rows", states is None, behind is None),
         *(*sides, initial, states, None, Result(out, total, products, factor, behind)),
-        *(T, H, B * H * T, groups.count, groups.chunks, chunks, eps, scale),
+        *(T, H, B * H * T, together, groups.count, groups.chunks, chunks, eps, scale),
         *(True, *constants),
         **shapes,
     )

@@ -141,42 +141,28 @@ def write_state(base, number, first, state, more, K: tl.constexpr, W: tl.constex
         tl.store(at + K * W + w, more, mask=w < W)
 
 
-SIZES = ("T", "H", "apart", "groups", "chunks", "behind", "eps", "scale")
+SIZES = ("T", "H", "apart", "together", "groups", "chunks", "behind", "eps", "scale")
 """Arguments of which no value has code of its own."""
 
 
-@triton.jit(do_not_specialize=SIZES)
-def pass_kernel(
+@triton.jit
+def walk(
     x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
-    T, H, apart, groups, chunks, behind, eps, scale,
+    T, H, apart, together, groups, chunks, behind, eps, scale, block, step, both, member,
     ROWS: tl.constexpr, SLOPE: tl.constexpr, EXTRA: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
-    STRICT: tl.constexpr, PASSING: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STRICT: tl.constexpr, PASSING: tl.constexpr, SUMMED: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one group of chunks of one head, and a block of W.
-
-    With ROWS it begins from the state before its group, which is `initial` or in `states`, and finds `out`; without it
-    begins from nothing and leaves what its group adds in `states`, and what it keeps of the state before it in
-    `through_of`. In reverse it goes from chunk `behind` − 1, the last or one of those without tokens that fill the last
-    group and are left out, to the first. EXTRA is one width more: of u, whose numbers are 1 and whose sums are `total`;
-    or of x and y, `added`. `out` is multiplied by silu of `gate` at last, an operand (B, T, H, W). WHOLE says that
-    chunks have C tokens and none is padding.
-
-    x, y and u go to the matrix units as they lie in memory: what tokens are multiplied by is in the weights of pairs,
-    and where it cannot be, in u's for the state. Sums over tokens of one number each are products of matrices too.
-    """
-    # programs that read the same x and y are beside each other
+    """One group of chunks of head `both` of all sequences', and a block of W; the head is a `member` of its set."""
     BLOCKS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
-    block, place = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    step, both = place % groups, place // groups
-    b, h = both // H, both % H
-    first = block * BLOCK_W
     RUNS: tl.constexpr = times.runs is not None
     PASSED: tl.constexpr = (times.sums is not None) or RUNS  # whether a state is weighted
     ENTERED: tl.constexpr = PASSED or (factors.rows is not None)
     LEFT: tl.constexpr = PASSED or (factors.columns is not None)
-
+    first = block * BLOCK_W
+    w = first + tl.arange(0, BLOCK_W)
+    b, h = both // H, both % H
     state = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
     more = tl.zeros([1], tl.float32)
     if EXTRA == "total":
@@ -192,7 +178,6 @@ def pass_kernel(
                 state, more = read_state(states, at, first, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
 
     kept = 1.0
-    w = first + tl.arange(0, BLOCK_W)
     if skip.ptr is not None:
         share = tl.load(skip.ptr + h * skip.head + w * skip.width, mask=w < W, other=0.0)
     empty = behind - tl.cdiv(T, C) if REVERSE else 0
@@ -238,17 +223,17 @@ def pass_kernel(
                 total += tl.sum(pairs, 1)
             if result.dots is not None:
                 features = tile(raw, b, h, t, first, real, W, BLOCK_W, WHOLE)
-                heads = tl.num_programs(0) // (groups * BLOCKS)
+                heads = tl.num_programs(0) // (groups * BLOCKS) * together
                 at = result.dots + (block * heads + both).to(tl.int64) * T + t
                 tl.store(at, tl.sum(features.to(tl.float32) * found, 1), mask=t < T)
                 at += heads.to(tl.int64) * BLOCKS * T
                 if PASSING and not REVERSE:
                     # summed as they are, and not by row less by column: those two are large where they nearly cancel
                     products = tl.dot(features.to(DTYPE), tl.trans(summed), input_precision=PRECISION)
-                    i = tl.arange(0, C)
-                    upto = tl.where(i[:, None] <= i[None, :], 1.0, 0.0).to(DTYPE)
+                    o = tl.arange(0, C)
+                    upto = tl.where(o[:, None] <= o[None, :], 1.0, 0.0).to(DTYPE)
                     upto = tl.dot((pairs * products).to(DTYPE), upto, input_precision=PRECISION)
-                    tl.store(at, tl.sum(tl.where(i[:, None] > i[None, :], upto, 0.0), 0), mask=t < T)
+                    tl.store(at, tl.sum(tl.where(o[:, None] > o[None, :], upto, 0.0), 0), mask=t < T)
                 elif not PASSING:
                     given = tl.dot(pairs.to(DTYPE), summed, input_precision=PRECISION)
                     tl.store(at, tl.sum(features.to(tl.float32) * given, 1), mask=t < T)
@@ -269,12 +254,19 @@ def pass_kernel(
                 z = tile(gate, b, h, t, first, real, W, BLOCK_W, WHOLE).to(tl.float32)
                 found *= z * tl.sigmoid(z)
             found *= scale
-            at = result.out + ((b.to(tl.int64) * T + t) * H + h)[:, None] * W + w[None, :]
+            if SUMMED:
+                place = (b.to(tl.int64) * T + t) * (H // together) + h // together
+            else:
+                place = (b.to(tl.int64) * T + t) * H + h
+            at = result.out + place[:, None] * W + w[None, :]
+            inside = (t < T)[:, None] & (w < W)[None, :]
+            if SUMMED:
+                found += tl.load(at, mask=inside & (member > 0), other=0.0)
             if WHOLE and W % BLOCK_W == 0:
                 tl.store(at, found.to(result.out.dtype.element_ty))
             else:
                 found = tl.where(real[:, None], found, 0.0)
-                tl.store(at, found.to(result.out.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
+                tl.store(at, found.to(result.out.dtype.element_ty), mask=inside)
 
         if EXTRA == "total":
             counted = tl.dot(tl.trans(column), in_halves(leaves, DTYPE), input_precision=PRECISION)
@@ -295,6 +287,50 @@ def pass_kernel(
             tl.store(through_of + both * groups + step, kept)
     elif (result.final is not None) and step == groups - 1:
         write_state(result.final, both, first, state, more, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def pass_kernel(
+    x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
+    T, H, apart, together, groups, chunks, behind, eps, scale,
+    ROWS: tl.constexpr, SLOPE: tl.constexpr, EXTRA: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
+    STRICT: tl.constexpr, PASSING: tl.constexpr, SUMMED: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr,
+    K: tl.constexpr, W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program takes one group of chunks of one head, and a block of W.
+
+    With ROWS it begins from the state before its group, which is `initial` or in `states`, and finds `out`; without it
+    begins from nothing and leaves what its group adds in `states`, and what it keeps of the state before it in
+    `through_of`. In reverse it goes from chunk `behind` − 1, the last or one of those without tokens that fill the last
+    group and are left out, to the first. It does so for `together` heads one after the other; SUMMED, `out` is of so
+    many heads' sums, (B, T, H / together, W) in fp32, which this program alone adds to. EXTRA is one width more: of u, whose numbers are 1 and whose sums are `total`;
+    or of x and y, `added`. `out` is multiplied by silu of `gate` at last, an operand (B, T, H, W). WHOLE says that
+    chunks have C tokens and none is padding.
+
+    x, y and u go to the matrix units as they lie in memory: what tokens are multiplied by is in the weights of pairs,
+    and where it cannot be, in u's for the state. Sums over tokens of one number each are products of matrices too.
+    """
+    # programs that read the same x and y are beside each other
+    BLOCKS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    block, place = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    step, heads = place % groups, place // groups
+    if SUMMED:
+        for member in range(together):
+            walk(
+                x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
+                T, H, apart, together, groups, chunks, behind, eps, scale, block, step, heads * together + member, member,
+                ROWS, SLOPE, EXTRA, NORMALIZE, REVERSE, STRICT, PASSING, SUMMED, WHOLE, C, K, W, M, BLOCK_K, BLOCK_W,
+                DTYPE, PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()  # what the next head adds to is read by other threads than wrote it
+    else:
+        walk(
+            x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
+            T, H, apart, 1, groups, chunks, behind, eps, scale, block, step, heads, 0,
+            ROWS, SLOPE, EXTRA, NORMALIZE, REVERSE, STRICT, PASSING, SUMMED, WHOLE, C, K, W, M, BLOCK_K, BLOCK_W,
+            DTYPE, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["groups", "M"])

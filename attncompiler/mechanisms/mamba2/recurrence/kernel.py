@@ -108,6 +108,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Mamba2O
             most_tokens=most,
             initial=None if state is None else state.flatten(2).contiguous(),
             final=True,
+            summed=call.H // call.G,
             out_dtype=wide,
         )
 
@@ -171,8 +172,8 @@ def _ungated(call: Call, dout: Tensor, found: dict[str, Tensor]) -> Tensor:
     return dout.to(call.x.dtype)
 
 
-def _over_heads(call: Call, each: Tensor) -> Tensor:
-    """(B, T, H, N) of every head, summed to (B, T, G, N)."""
-    if call.H == call.G:
-        return each
-    return each.unflatten(2, (call.G, -1)).sum(3).to(call.b.dtype)
+def _over_heads(call: Call, parts: Tensor) -> Tensor:
+    """(B, T, parts, N) of all heads, summed to (B, T, G, N)."""
+    if parts.shape[2] == call.G:
+        return parts.to(call.b.dtype)
+    return parts.unflatten(2, (call.G, -1)).sum(3).to(call.b.dtype)
