@@ -252,7 +252,8 @@ def walk(
                 found += share[None, :] * tile(u, b, h, t, first, real, W, BLOCK_W, WHOLE).to(tl.float32)
             if gate.ptr is not None:
                 z = tile(gate, b, h, t, first, real, W, BLOCK_W, WHOLE).to(tl.float32)
-                found *= z * tl.sigmoid(z)
+                small = tl.exp(-tl.abs(z))  # no power of a large number
+                found *= z * tl.where(z < 0, small, 1.0) / (1 + small)
             found *= scale
             if SUMMED:
                 place = (b.to(tl.int64) * T + t) * (H // together) + h // together
@@ -304,9 +305,9 @@ def pass_kernel(
     begins from nothing and leaves what its group adds in `states`, and what it keeps of the state before it in
     `through_of`. In reverse it goes from chunk `behind` − 1, the last or one of those without tokens that fill the last
     group and are left out, to the first. It does so for `together` heads one after the other; SUMMED, `out` is of so
-    many heads' sums, (B, T, H / together, W) in fp32, which this program alone adds to. EXTRA is one width more: of u, whose numbers are 1 and whose sums are `total`;
-    or of x and y, `added`. `out` is multiplied by silu of `gate` at last, an operand (B, T, H, W). WHOLE says that
-    chunks have C tokens and none is padding.
+    many heads' sums, (B, T, H / together, W) in fp32, to which this program alone adds. EXTRA is one width more: of u,
+    whose numbers are 1 and whose sums are `total`; or of x and y, `added`. `out` is multiplied by silu of `gate` at
+    last, an operand (B, T, H, W). WHOLE says that chunks have C tokens and none is padding.
 
     x, y and u go to the matrix units as they lie in memory: what tokens are multiplied by is in the weights of pairs,
     and where it cannot be, in u's for the state. Sums over tokens of one number each are products of matrices too.
@@ -319,7 +320,8 @@ def pass_kernel(
         for member in range(together):
             walk(
                 x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
-                T, H, apart, together, groups, chunks, behind, eps, scale, block, step, heads * together + member, member,
+                T, H, apart, together, groups, chunks, behind, eps, scale, block, step,
+                heads * together + member, member,
                 ROWS, SLOPE, EXTRA, NORMALIZE, REVERSE, STRICT, PASSING, SUMMED, WHOLE, C, K, W, M, BLOCK_K, BLOCK_W,
                 DTYPE, PRECISION,
             )  # fmt: skip

@@ -128,12 +128,12 @@ class Call:
         self.take = FEW_ROWS if self.device.interpreted else ROWS
         real = inputs.get("attention_mask")
         runs = run_numbers(inputs.get("segment_ids"), real)
+        nowhere = Rows(None, 0, tl.constexpr(0))
+        self.operands = (
+            *(rows(u), rows(inputs["dt"]), rows(inputs["z"]) if "z" in inputs else nowhere),
+            *(shared(inputs["b"]), shared(inputs["c"])),
+        )
         self.scan = Scan(
-            rows(u),
-            rows(inputs["dt"]),
-            rows(inputs["z"]) if "z" in inputs else None,
-            shared(inputs["b"]),
-            shared(inputs["c"]),
             (a * LOG2E).contiguous(),
             self.whole("d"),
             self.whole("dt_bias"),
@@ -158,7 +158,7 @@ class Call:
         """What the first `count` groups do to states, into the buffers of `found`."""
         named = [found.get(name) for name in ("added", "lengths", "back", "inner", "upto")]
         sweep_kernel[(self.B * self.blocks(layout) * count,)](
-            self.scan, None if dout is None else rows(dout), *named,
+            *self.operands, self.scan, None if dout is None else rows(dout), *named,
             self.T, count, groups.tokens, groups.chunk, 1, **self.constants, **layout.arguments(),
         )  # fmt: skip
 
@@ -201,7 +201,7 @@ def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
         call.sweep(groups, groups.count - 1, layout, None, added=states, lengths=lengths)
         call.carry(states, lengths, initial, groups, groups.count - 1, reverse=False)
     read_kernel[(B * call.blocks(layout) * groups.count,)](
-        call.scan, initial, states, out, final, T, groups.count, groups.tokens, 1,
+        *call.operands, call.scan, initial, states, out, final, T, groups.count, groups.tokens, 1,
         **call.constants, **layout.arguments(),
     )  # fmt: skip
     return {"out": out, "final_state": final}
@@ -241,6 +241,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     programs = B * G * slots * count
     scratch = call.wide(programs, groups.chunk // call.take, layout.held)
     backward_kernel[(programs,)](
+        *call.operands,
         call.scan,
         rows(dout),
         Around(initial, states, inner, upto, final, back),

@@ -44,7 +44,7 @@ def block_of(place, E: tl.constexpr, G: tl.constexpr, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "groups", "length", "unit"])
 def read_kernel(
-    scan, initial, states, out, final, T, groups, length, unit,
+    u_rows, dt_rows, z_rows, b_rows, c_rows, scan, initial, states, out, final, T, groups, length, unit,
     SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     NO: tl.constexpr, NI: tl.constexpr, CT: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
 ):  # fmt: skip
@@ -71,9 +71,9 @@ def read_kernel(
         t = tokens(t0, ROWS)
         real = which_real(scan, b, t, T)
         there = inside[None] & real
-        u, delta, _ = stepped(scan, bias, b, t0, e, there, SOFTPLUS, ROWS)
-        write = of_shared(scan.b, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
-        read = of_shared(scan.c, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+        u, delta, _ = stepped(u_rows, dt_rows, scan, bias, b, t0, e, there, SOFTPLUS, ROWS)
+        write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+        read = of_shared(c_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
         steps, written = spread(delta, LN), spread(delta * u, LN)
         y = tl.zeros([ROWS, CT, LC], tl.float32)
         for r in tl.static_range(ROWS):
@@ -83,8 +83,8 @@ def read_kernel(
             y = put(y, over_states(state * row(read, r, ROWS), CT, LN), r, ROWS)
         if scan.d is not None:
             y += skip[None] * u
-        if scan.z is not None:
-            z = of_rows(scan.z, b, t0, e, there, ROWS)
+        if z_rows.ptr is not None:
+            z = of_rows(z_rows, b, t0, e, there, ROWS)
             y *= z * sigmoid(z)
         at_out = out + (b * T + t0) * E + e[None] + tokens(0, ROWS) * E
         tl.store(at_out, tl.where(there, y, 0.0).to(out.dtype.element_ty), mask=inside[None] & (t < T))
@@ -95,7 +95,8 @@ def read_kernel(
 
 @triton.jit(do_not_specialize=["T", "groups", "length", "chunk", "unit"])
 def sweep_kernel(
-    scan, dout, added, lengths, back, inner, upto, T, groups, length, chunk, unit,
+    u_rows, dt_rows, z_rows, b_rows, c_rows, scan, dout, added, lengths, back, inner, upto,
+    T, groups, length, chunk, unit,
     SOFTPLUS: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     NO: tl.constexpr, NI: tl.constexpr, CT: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
 ):  # fmt: skip
@@ -135,8 +136,8 @@ def sweep_kernel(
         t = tokens(t0, ROWS)
         real = which_real(scan, b, t, T)
         there = inside[None] & real
-        u, delta, _ = stepped(scan, bias, b, t0, e, there, SOFTPLUS, ROWS)
-        write = of_shared(scan.b, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+        u, delta, _ = stepped(u_rows, dt_rows, scan, bias, b, t0, e, there, SOFTPLUS, ROWS)
+        write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
         steps, written = spread(delta, LN), spread(delta * u, LN)
         total += tl.sum(delta, 0)
         if back is not None:
@@ -145,11 +146,11 @@ def sweep_kernel(
                 # of a later document nothing reaches the state before, not even what is not finite
                 seen = seen & (run_of(scan, b, t, T) == entered)
             dy = of_rows(dout, b, t0, e, inside[None] & seen, ROWS)
-            if scan.z is not None:
-                z = of_rows(scan.z, b, t0, e, inside[None] & seen, ROWS)
+            if z_rows.ptr is not None:
+                z = of_rows(z_rows, b, t0, e, inside[None] & seen, ROWS)
                 dy *= z * sigmoid(z)
             dy = spread(dy, LN)
-            read = of_shared(scan.c, b, t0, group, seen, ROWS, N, NO, NI, LN, LC)
+            read = of_shared(c_rows, b, t0, group, seen, ROWS, N, NO, NI, LN, LC)
         for r in tl.static_range(ROWS):
             decay = tl.exp2(row(steps, r, ROWS) * a)
             if scan.runs is not None:

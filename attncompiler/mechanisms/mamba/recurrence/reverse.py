@@ -85,7 +85,8 @@ def put_shares(x, one, r, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "T", "groups", "length", "chunk", "many", "unit", "nothing"])
 def backward_kernel(
-    scan, dout, around, grads, scratch, B, T, groups, length, chunk, many, unit, nothing,
+    u_rows, dt_rows, z_rows, b_rows, c_rows, scan, dout, around, grads, scratch,
+    B, T, groups, length, chunk, many, unit, nothing,
     SOFTPLUS: tl.constexpr, ROWS: tl.constexpr,
     E: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     NO: tl.constexpr, NI: tl.constexpr, CT: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
@@ -152,8 +153,8 @@ def backward_kernel(
             for piece in range(1, pieces):
                 t0 = begin + (piece - 1) * ROWS
                 real = which_real(scan, b, tokens(t0, ROWS), T)
-                u, delta, _ = stepped(scan, bias, b, t0, e, inside[None] & real, SOFTPLUS, ROWS)
-                write = of_shared(scan.b, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+                u, delta, _ = stepped(u_rows, dt_rows, scan, bias, b, t0, e, inside[None] & real, SOFTPLUS, ROWS)
+                write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
                 steps, written = spread(delta, LN), spread(delta * u, LN)
                 for r in tl.static_range(ROWS):
                     if scan.runs is not None:
@@ -168,13 +169,13 @@ def backward_kernel(
                 t = tokens(t0, ROWS)
                 real = which_real(scan, b, t, T)
                 there = inside[None] & real
-                u, delta, slope = stepped(scan, bias, b, t0, e, there, SOFTPLUS, ROWS)
-                write = of_shared(scan.b, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
-                read = of_shared(scan.c, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+                u, delta, slope = stepped(u_rows, dt_rows, scan, bias, b, t0, e, there, SOFTPLUS, ROWS)
+                write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+                read = of_shared(c_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
                 d_out = of_rows(dout, b, t0, e, there, ROWS)
                 dy = d_out
-                if scan.z is not None:
-                    z = of_rows(scan.z, b, t0, e, there, ROWS)
+                if z_rows.ptr is not None:
+                    z = of_rows(z_rows, b, t0, e, there, ROWS)
                     gate = sigmoid(z)
                     dy *= z * gate
                 steps, written, dys = spread(delta, LN), spread(delta * u, LN), spread(dy, LN)
@@ -193,7 +194,7 @@ def backward_kernel(
                 db, dc = tl.zeros([ROWS, NO, NI, LN], tl.float32), tl.zeros([ROWS, NO, NI, LN], tl.float32)
                 for r in tl.static_range(ROWS - 1, -1, -1):
                     dy_r, delta_r, read_r = row(dys, r, ROWS), row(steps, r, ROWS), row(read, r, ROWS)
-                    if scan.z is not None:
+                    if z_rows.ptr is not None:
                         y = put(y, over_states(row(behind, r, ROWS) * read_r, CT, LN), r, ROWS)
                     onward += dy_r * read_r
                     dc = put_shares(dc, over_channels(dy_r * row(behind, r, ROWS)), r, ROWS)
@@ -216,7 +217,7 @@ def backward_kernel(
                 if scan.d is not None:
                     d_u += dy * skip[None]
                     d_skip += tl.sum(dy * u, 0)
-                if scan.z is not None:
+                if z_rows.ptr is not None:
                     if scan.d is not None:
                         y += skip[None] * u
                     d_z = tl.where(there, d_out * y * (gate * (1 + z * (1 - gate))), 0.0)
@@ -224,7 +225,7 @@ def backward_kernel(
                 mask = inside[None] & (t < T)
                 tl.store(grads.u + at_out, tl.where(there, d_u, 0.0).to(grads.u.dtype.element_ty), mask=mask)
                 tl.store(grads.dt + at_out, d_raw.to(grads.dt.dtype.element_ty), mask=mask)
-                if scan.z is not None:
+                if z_rows.ptr is not None:
                     tl.store(grads.z + at_out, d_z.to(grads.z.dtype.element_ty), mask=mask)
                 t = t[:, :, :, None]
                 at_share = (

@@ -22,7 +22,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Rows(NamedTuple):
-    """A tensor (B, T, E) with a token's numbers side by side. `token`, a constant, makes addresses of constants."""
+    """A tensor (B, T, E) with a token's numbers side by side. `token`, a constant, makes addresses of constants.
+
+    An operand is no field of another tuple: Triton 3.6 forgets which fields of those are constants. Where a call has
+    no such tensor, `ptr` is None.
+    """
 
     ptr: Any
     batch: Any
@@ -39,15 +43,8 @@ class Shared(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """A call's tensors; None for what there is not."""
+    """What else a call has; None for what there is not."""
 
-    u: Any
-    """Rows (B, T, E), as are dt and z"""
-    dt: Any
-    z: Any
-    b: Any
-    """Shared (B, T, G, N), as is c"""
-    c: Any
     a: Any
     """(E, N) fp32, times log2 e: decays are powers of 2"""
     d: Any
@@ -81,8 +78,9 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(−x)), by a power of 2, which flushes to 0 what `tl.sigmoid` takes four instructions more for."""
-    return 1 / (1 + tl.exp2(x * (-LOG2E)))
+    """1 / (1 + exp(−x)), by no power of a large number; of 2, which flushes to 0 what takes four instructions more."""
+    small = tl.exp2(tl.abs(x) * (-LOG2E))
+    return tl.where(x < 0, small, 1.0) / (1 + small)
 
 
 @triton.jit
@@ -208,10 +206,10 @@ def over_channels(x):
 
 
 @triton.jit
-def stepped(scan, bias, b, t0, e, there, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr):
+def stepped(u_rows, dt_rows, scan, bias, b, t0, e, there, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr):
     """Of a tile of tokens: u, the time steps Δ, and the derivative of Δ by dt, all 0 where nothing is."""
-    u = of_rows(scan.u, b, t0, e, there, ROWS)
-    raw = of_rows(scan.dt, b, t0, e, there, ROWS)
+    u = of_rows(u_rows, b, t0, e, there, ROWS)
+    raw = of_rows(dt_rows, b, t0, e, there, ROWS)
     if scan.bias is not None:
         raw += bias[None]
     slope = tl.where(there, 1.0, 0.0)
