@@ -72,6 +72,13 @@ def test_tiles_fit_their_device(capability: tuple[int, int], dtype: torch.dtype,
     assert tiles.width >= 16
 
 
+@pytest.mark.parametrize(("K", "W", "tokens", "width"), [(128, 128, 64, 64), (128, 64, 64, 64), (256, 128, 64, 32)])
+def test_hopper_runs_two_programs_of_four_warps_beside_each_other(K: int, W: int, tokens: int, width: int) -> None:
+    """By tiles that are read ahead: measured faster than one of eight warps."""
+    tiles = tiles_for(Device(232448, 132, (9, 0)), torch.bfloat16, K, W)
+    assert tiles == Tiles(tokens, width, 4, 2)
+
+
 @given(programs=st.integers(1, 4096), T=st.integers(1, 2**21), multiprocessors=st.integers(1, 200))
 def test_groups_hold_every_chunk_once(programs: int, T: int, multiprocessors: int) -> None:
     groups = groups_for(Device(2**17, multiprocessors, (9, 0)), programs, T, Tiles(64, 64, 8, 2))

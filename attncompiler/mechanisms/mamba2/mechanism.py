@@ -103,7 +103,8 @@ def relations(policy: Mamba2Policy, model: Any) -> Iterator[Fault]:
         yield Fault(("norm_before_gate",), "norm_before_gate needs the norm: rms_norm is false", "E105")
 
 
-GPU = ("triton", "mamba_ssm", "chunkwise", "eager", "host")
+GPU = ("mamba_ssm", "chunkwise", "triton", "eager", "host")
+"""`triton` shares its passes with linear attention's under a decay, of which see there: it goes first no sooner."""
 CPU = ("chunkwise", "eager")
 
 
