@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -30,6 +29,16 @@ Map = Literal["none", "elu", "relu"]
 """A feature map, of which that of all numbers to themselves is none."""
 WIDEST = 256
 """numbers of a row or column at most: they are multiplied in one piece"""
+
+
+def parts(whole: int, each: int) -> int:
+    """How many parts of so many cover the whole. (Triton's own, on the host, take 5 µs a call.)"""
+    return -(-whole // each)
+
+
+def power_of_2(number: int) -> int:
+    """The least power of 2 that is no less."""
+    return 1 << (number - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +79,9 @@ class Order:
         if tokens not in self._sums:
             B, T, H = self.decay.shape
             found = torch.empty(2, B, H, T, dtype=torch.float32, device=self.decay.device)
-            heads = min(16, triton.next_power_of_2(H))
+            heads = min(16, power_of_2(H))
             SUMS(
-                (B * triton.cdiv(T, tokens) * triton.cdiv(H, heads),),
+                (B * parts(T, tokens) * parts(H, heads),),
                 (known_by(self.decay, self.real), tokens, heads),
                 *(self.decay, *self.decay.stride(), self.there, found, T, H, found.stride(0), tokens, heads),
             )
@@ -154,7 +163,7 @@ MOST_REGISTERS, MOST_BESIDE_WARPGROUPS = 55, 176
 
 def tiles_for(device: Device, dtype: torch.dtype, K: int, W: int) -> Tiles:
     """The best shape that a device has room for."""
-    wide, widest = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(W))
+    wide, widest = max(16, power_of_2(K)), max(16, power_of_2(W))
     if device.interpreted:
         return replace(INTERPRETED, width=min(INTERPRETED.width, widest))
     if dtype == torch.float32:
@@ -189,14 +198,14 @@ def passing_tokens(device: Device, dtype: torch.dtype, K: int) -> int:
 
 def groups_for(device: Device, programs: int, T: int, tiles: Tiles, most: int | None = None) -> Groups:
     """How a sequence is cut for `programs` heads and blocks of W, into groups of at most so many chunks."""
-    chunks = triton.cdiv(T, tiles.tokens)
+    chunks = parts(T, tiles.tokens)
     if device.interpreted:  # short sequences have several groups too
-        return Groups(triton.cdiv(chunks, 2), 2, tiles.tokens)
+        return Groups(parts(chunks, 2), 2, tiles.tokens)
     enough = programs >= ENOUGH * device.multiprocessors  # a state between two groups costs a pass of its own
     wanted = 1 if enough else max(1, math.ceil(WAVES * device.multiprocessors / programs))
     most = most or (chunks if enough else MOST_CHUNKS)
-    each = min(chunks, most, max(FEWEST_CHUNKS, triton.cdiv(chunks, wanted)))
-    return Groups(triton.cdiv(chunks, each), each, tiles.tokens)
+    each = min(chunks, most, max(FEWEST_CHUNKS, parts(chunks, wanted)))
+    return Groups(parts(chunks, each), each, tiles.tokens)
 
 
 DTYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float32, torch.float32: tl.float32}
@@ -278,7 +287,7 @@ def run(
         most_tokens = min(most_tokens or passing, passing)
     if most_tokens is not None:
         tiles = replace(tiles, tokens=min(tiles.tokens, max(LEAST_TOKENS, 1 << (most_tokens.bit_length() - 1))))
-    blocks = triton.cdiv(W, tiles.width)
+    blocks = parts(W, tiles.width)
     most = MOST_PASSING[dtype.itemsize] // tiles.tokens if dots == "passing" else None
     groups = groups_for(facts, B * H * blocks, T, tiles, most)
     together = together_for(facts, summed, B * H * groups.count * blocks)
@@ -286,8 +295,8 @@ def run(
     out = torch.empty(B, T, H // together, W, dtype=out_dtype, device=device)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
     total = torch.empty(B, T, H, **wide) if extra == "total" else None
-    parts = 1 if dots == "passing" and reverse else 2
-    products = torch.empty(parts, blocks, B, H, T, **wide) if dots != "none" else None
+    kinds = 1 if dots == "passing" and reverse else 2
+    products = torch.empty(kinds, blocks, B, H, T, **wide) if dots != "none" else None
     behind = torch.empty(B, H, M, **wide) if final else None
     between = states = None
     source = (raw or Side(out)).argument()
@@ -303,7 +312,7 @@ def run(
             K,
             W,
             M,
-            max(16, triton.next_power_of_2(K)),
+            max(16, power_of_2(K)),
             tiles.width,
             DTYPES[dtype],
             precision(dtype),
@@ -315,7 +324,7 @@ def run(
     known = known_by(*given, skip, factor, initial), shares, constants, dots, tiles, out.dtype
     sides = (x.argument(), y.argument(), u.argument(), source, gate, added, factors, times, skipped)
     shapes = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    chunks = groups.count * groups.chunks if reverse else triton.cdiv(T, tiles.tokens)
+    chunks = groups.count * groups.chunks if reverse else parts(T, tiles.tokens)
     if groups.count > 1:
         between = torch.empty(B, H, groups.count - 1, M, **wide)
         kept = torch.empty(B, H, groups.count - 1, **wide)
@@ -327,7 +336,7 @@ def run(
             *(False, *constants),
             **shapes,
         )
-        CARRY((B * H, triton.cdiv(M, 1024)), known, between, kept, initial, groups.count - 1, M, 1024)
+        CARRY((B * H, parts(M, 1024)), known, between, kept, initial, groups.count - 1, M, 1024)
         states = between
     PASS(
         (B * H // together * groups.count * blocks,),
@@ -351,10 +360,10 @@ def features(q: Tensor, k: Tensor, map: Map) -> tuple[Tensor, Tensor]:
     B, T, H, K = q.shape
     dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
     found = [torch.empty(B, T, H, K, dtype=dtype, device=q.device) for _ in "qk"]
-    wide = max(16, triton.next_power_of_2(K))
+    wide = max(16, power_of_2(K))
     tokens = max(1, NUMBERS // wide)
     FEATURES(
-        (2 * triton.cdiv(T, tokens) * B * H,),
+        (2 * parts(T, tokens) * B * H,),
         (known_by(q, k), map, K),
         *(Side(q).argument(), Side(k).argument(), *found, T, H, map, tokens, K, wide),
     )
@@ -381,11 +390,11 @@ def _products(
 ) -> Tensor:
     B, T, H, W = x.shape
     out = torch.empty(B, H, T, dtype=torch.float32, device=x.device)
-    wide = max(16, triton.next_power_of_2(W))
+    wide = max(16, power_of_2(W))
     tokens = max(1, NUMBERS // wide)
     there = None if real is None else real.contiguous().view(torch.uint8)
     PRODUCTS(
-        (triton.cdiv(T, tokens) * B * H,),
+        (parts(T, tokens) * B * H,),
         (known_by(x, y, divisor, there), W),
         *(Side(x).argument(), Side(y).argument(), divisor, there, out, numerator, T, H, scale, tokens, W, wide),
     )
