@@ -150,6 +150,19 @@ class Kernel:
     summary: str
 
 
+def needs_of_triton(features: Mapping[str, OneOf | AtMost | None]) -> Needs:
+    """What the built-in kernels need that Triton compiles, beside the features that each offers."""
+    return Needs(
+        features=features,
+        device_types=("cuda",),
+        dtypes=("float32", "bfloat16", "float16"),
+        vendor="nvidia",
+        min_compute_capability=(8, 0),
+        packages={"triton": "pip install 'attncompiler[gpu]'"},
+        interpreted=("float32", "float16"),
+    )
+
+
 def load_entry(entry: str) -> Any:
     """Import what "module:attribute" names. Entries come from this package's own tables, never from a spec."""
     module, _, attribute = entry.partition(":")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,3 +69,20 @@ def differentiate(forward: Forward, differentiable: tuple[str, ...]) -> Backward
 def from_reference(forward: Forward, differentiable: tuple[str, ...]) -> Implementation:
     """A reference put to work as the kernel `eager`."""
     return Implementation(forward, differentiate(forward, differentiable))
+
+
+def compiled(module: str) -> Implementation:
+    """`forward` and `backward` of a module of kernels that Triton compiles.
+
+    It is imported where one of them first runs, since Triton may not be installed, and runs on its inputs' device.
+    """
+
+    def forward(inputs: Tensors, options: Any) -> dict[str, Tensor]:
+        with torch.cuda.device_of(next(iter(inputs.values()))):
+            return importlib.import_module(module).forward(inputs, options)
+
+    def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: Any) -> dict[str, Tensor]:
+        with torch.cuda.device_of(next(iter(inputs.values()))):
+            return importlib.import_module(module).backward(grads, inputs, outputs, options)
+
+    return Implementation(forward, backward)

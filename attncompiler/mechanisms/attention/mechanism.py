@@ -23,6 +23,7 @@ from attncompiler.mechanisms.base import (
     Policy,
     Size,
     Value,
+    needs_of_triton,
 )
 from attncompiler.mechanisms.rope import RopeParameters, rope_faults, rotary_width_faults
 
@@ -191,15 +192,7 @@ KERNELS = (
     Kernel(
         name="triton",
         entry="attncompiler.mechanisms.attention.kernels.triton:KERNEL",
-        needs=Needs(
-            features={**EVERYTHING, "head_dim": AtMost(256), "value_width": AtMost(256)},
-            device_types=("cuda",),
-            dtypes=("float32", *HALF),
-            vendor="nvidia",
-            min_compute_capability=(8, 0),
-            packages={"triton": "pip install 'attncompiler[gpu]'"},
-            interpreted=("float32", "float16"),
-        ),
+        needs=needs_of_triton({**EVERYTHING, "head_dim": AtMost(256), "value_width": AtMost(256)}),
         summary="built-in flash attention: every pattern and option, forward and backward",
     ),
     Kernel(

@@ -19,6 +19,7 @@ from attncompiler.mechanisms.base import (
     Policy,
     Size,
     Value,
+    needs_of_triton,
 )
 from attncompiler.mechanisms.rope import RopeParameters, rope_faults, rotary_width_faults
 
@@ -130,15 +131,7 @@ KERNELS = (
     Kernel(
         name="triton",
         entry="attncompiler.mechanisms.linear_attention.kernels.triton:KERNEL",
-        needs=Needs(
-            features={**OFFERED, "feature_map": OneOf("elu", "relu", "identity"), "width": AtMost(256)},
-            device_types=("cuda",),
-            dtypes=("float32", "bfloat16", "float16"),
-            vendor="nvidia",
-            min_compute_capability=(8, 0),
-            packages={"triton": "pip install 'attncompiler[gpu]'"},
-            interpreted=("float32", "float16"),
-        ),
+        needs=needs_of_triton({**OFFERED, "feature_map": OneOf("elu", "relu", "identity"), "width": AtMost(256)}),
         summary="built-in passes of the recurrence, in chunks and groups of them: memory linear in the length",
     ),
     Kernel(

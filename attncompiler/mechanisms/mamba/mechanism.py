@@ -20,6 +20,7 @@ from attncompiler.mechanisms.base import (
     Policy,
     Size,
     Value,
+    needs_of_triton,
 )
 
 
@@ -91,15 +92,7 @@ KERNELS = (
     Kernel(
         name="triton",
         entry="attncompiler.mechanisms.mamba.kernels.triton:KERNEL",
-        needs=Needs(
-            features={**OFFERED, "width": AtMost(256)},
-            device_types=("cuda",),
-            dtypes=("float32", "bfloat16", "float16"),
-            vendor="nvidia",
-            min_compute_capability=(8, 0),
-            packages={"triton": "pip install 'attncompiler[gpu]'"},
-            interpreted=("float32", "float16"),
-        ),
+        needs=needs_of_triton({**OFFERED, "width": AtMost(256)}),
         summary="the built-in scan, its states in registers, in groups of tokens beside each other; memory linear in T",
     ),
     Kernel(

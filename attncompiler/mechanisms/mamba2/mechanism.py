@@ -20,6 +20,7 @@ from attncompiler.mechanisms.base import (
     Policy,
     Size,
     Value,
+    needs_of_triton,
 )
 
 Limit = Annotated[float, Field(allow_inf_nan=True)]
@@ -129,15 +130,7 @@ KERNELS = (
     Kernel(
         name="triton",
         entry="attncompiler.mechanisms.mamba2.kernels.triton:KERNEL",
-        needs=Needs(
-            features={**OFFERED, "width": AtMost(256)},
-            device_types=("cuda",),
-            dtypes=("float32", "bfloat16", "float16"),
-            vendor="nvidia",
-            min_compute_capability=(8, 0),
-            packages={"triton": "pip install 'attncompiler[gpu]'"},
-            interpreted=("float32", "float16"),
-        ),
+        needs=needs_of_triton({**OFFERED, "width": AtMost(256)}),
         summary="built-in passes of the recurrence, in chunks and groups of them: memory linear in the length",
     ),
     Kernel(

@@ -56,6 +56,7 @@ def _apart(part: Tensor) -> Tensor:
 
 
 def forward(inputs: Tensors, options: LinearAttentionOptions) -> dict[str, Tensor]:
+    """out (B, T, H, V) in v's dtype; in fp32 the normaliser (B, T, H), and S (B, H, R, V), z (B, H, R) and m (B, H)."""
     call = Call(inputs, options)
     initial = call.initial()
     before = None if initial is None else _flat(*initial)
@@ -115,6 +116,7 @@ def _joined(call: Call, upto: Found, later: Found) -> tuple[Tensor, Tensor]:
 
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: LinearAttentionOptions) -> dict[str, Tensor]:
+    """The gradients of q, k, v, decays and the initial state, by one pass each; of m, which does not move, none."""
     call = Call(inputs, options)
     dout = grads.get("out")
     if dout is None:
