@@ -12,19 +12,17 @@ import triton.language as tl
 
 from attncompiler.mechanisms.mamba.recurrence.tokens import (
     channels,
-    numbers,
+    empty,
+    keep_states,
     of_channels,
     of_rows,
     of_shared,
     over_states,
-    put,
-    row,
     run_of,
     sigmoid,
     spread,
-    spread_one,
+    states_of,
     stepped,
-    tokens,
     which_real,
 )
 
@@ -54,43 +52,42 @@ def read_kernel(
     step, b = place % groups, (place // groups).to(tl.int64)
     e = channels(first, unit, CT, LC)
     inside = e < end
-    n = numbers(NO, NI, LN)
-    kept = (n < N) & spread_one(inside)
-    at = spread_one(e.to(tl.int64) * N) + n
-    a = tl.load(scan.a + at, mask=kept, other=0.0)
+    a = states_of(scan.a, first, end, True, N, NO, NI, CT, LN, LC)
     bias, skip = of_channels(scan.bias, e, inside), of_channels(scan.d, e, inside)
     state = tl.zeros([NO, NI, CT, LN, LC], tl.float32)
     if (states is not None) and step > 0:
-        state = tl.load(states + (b * (groups - 1) + step - 1) * (E * N) + at, mask=kept, other=0.0)
+        before = states + (b * (groups - 1) + step - 1) * (E * N)
+        state = states_of(before, first, end, True, N, NO, NI, CT, LN, LC)
     elif initial is not None:
-        state = tl.load(initial + b * (E * N) + at, mask=kept, other=0.0)
+        state = states_of(initial + b * (E * N), first, end, True, N, NO, NI, CT, LN, LC)
 
     start = step * length
     for i in range(tl.cdiv(tl.minimum(start + length, T) - start, ROWS)):
         t0 = start + i * ROWS
-        t = tokens(t0, ROWS)
-        real = which_real(scan, b, t, T)
-        there = inside[None] & real
-        u, delta, _ = stepped(u_rows, dt_rows, scan, bias, b, t0, e, there, SOFTPLUS, ROWS)
+        real = which_real(scan, b, t0, T, ROWS)
+        u = of_rows(u_rows, b, t0, e, inside, real, ROWS)
+        delta, _ = stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS, ROWS)
         write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
         read = of_shared(c_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
-        steps, written = spread(delta, LN), spread(delta * u, LN)
-        y = tl.zeros([ROWS, CT, LC], tl.float32)
+        if z_rows.ptr is not None:
+            z = of_rows(z_rows, b, t0, e, inside, real, ROWS)
+        ys = empty()
         for r in tl.static_range(ROWS):
             if scan.runs is not None:
                 state = tl.where(run_of(scan, b, t0 + r, T) == run_of(scan, b, t0 + r - 1, T), state, 0.0)
-            state = tl.exp2(row(steps, r, ROWS) * a) * state + row(written, r, ROWS) * row(write, r, ROWS)
-            y = put(y, over_states(state * row(read, r, ROWS), CT, LN), r, ROWS)
-        if scan.d is not None:
-            y += skip[None] * u
-        if z_rows.ptr is not None:
-            z = of_rows(z_rows, b, t0, e, there, ROWS)
-            y *= z * sigmoid(z)
-        at_out = out + (b * T + t0) * E + e[None] + tokens(0, ROWS) * E
-        tl.store(at_out, tl.where(there, y, 0.0).to(out.dtype.element_ty), mask=inside[None] & (t < T))
+            state = tl.exp2(spread(delta[r]) * a) * state + spread(delta[r] * u[r]) * write[r]
+            ys += (over_states(state * read[r], CT, LN),)
+        for r in tl.static_range(ROWS):
+            y = ys[r]
+            if scan.d is not None:
+                y += skip * u[r]
+            if z_rows.ptr is not None:
+                y *= z[r] * sigmoid(z[r])
+            y = tl.where(inside & real[r], y, 0.0).to(out.dtype.element_ty)
+            tl.store(out + (b * T + t0) * E + e + r * E, y, mask=inside & (t0 + r < T))
 
     if step == groups - 1:
-        tl.store(final + b * (E * N) + at, state, mask=kept)
+        keep_states(final + b * (E * N), state, first, end, N, NO, NI, CT, LN, LC)
 
 
 @triton.jit(do_not_specialize=["T", "groups", "length", "chunk", "unit"])
@@ -114,10 +111,7 @@ def sweep_kernel(
     step, b = place % groups, (place // groups).to(tl.int64)
     e = channels(first, unit, CT, LC)
     inside = e < end
-    n = numbers(NO, NI, LN)
-    kept = (n < N) & spread_one(inside)
-    at = spread_one(e.to(tl.int64) * N) + n
-    a = tl.load(scan.a + at, mask=kept, other=0.0)
+    a = states_of(scan.a, first, end, True, N, NO, NI, CT, LN, LC)
     bias = of_channels(scan.bias, e, inside)
     state = tl.zeros([NO, NI, CT, LN, LC], tl.float32)
     total = tl.zeros([CT, LC], tl.float32)
@@ -131,52 +125,47 @@ def sweep_kernel(
         t0 = start + i * ROWS
         if inner is not None and (t0 > start) & ((t0 - start) % chunk == 0):
             number = (b * groups + step) * (length // chunk - 1) + (t0 - start) // chunk - 1
-            tl.store(inner + number * (E * N) + at, state, mask=kept)
+            keep_states(inner + number * (E * N), state, first, end, N, NO, NI, CT, LN, LC)
             tl.store(upto + number * E + e, total, mask=inside)
-        t = tokens(t0, ROWS)
-        real = which_real(scan, b, t, T)
-        there = inside[None] & real
-        u, delta, _ = stepped(u_rows, dt_rows, scan, bias, b, t0, e, there, SOFTPLUS, ROWS)
+        real = which_real(scan, b, t0, T, ROWS)
+        u = of_rows(u_rows, b, t0, e, inside, real, ROWS)
+        delta, _ = stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS, ROWS)
         write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
-        steps, written = spread(delta, LN), spread(delta * u, LN)
-        total += tl.sum(delta, 0)
         if back is not None:
-            seen = real
-            if scan.runs is not None:
-                # of a later document nothing reaches the state before, not even what is not finite
-                seen = seen & (run_of(scan, b, t, T) == entered)
-            dy = of_rows(dout, b, t0, e, inside[None] & seen, ROWS)
+            seen = empty()
+            for r in tl.static_range(ROWS):
+                one = real[r]
+                if scan.runs is not None:
+                    # of a later document nothing reaches the state before, not even what is not finite
+                    one = one & (run_of(scan, b, t0 + r, T) == entered)
+                seen += (one,)
+            dy = of_rows(dout, b, t0, e, inside, seen, ROWS)
             if z_rows.ptr is not None:
-                z = of_rows(z_rows, b, t0, e, inside[None] & seen, ROWS)
-                dy *= z * sigmoid(z)
-            dy = spread(dy, LN)
+                z = of_rows(z_rows, b, t0, e, inside, seen, ROWS)
             read = of_shared(c_rows, b, t0, group, seen, ROWS, N, NO, NI, LN, LC)
         for r in tl.static_range(ROWS):
-            decay = tl.exp2(row(steps, r, ROWS) * a)
+            total += delta[r]
+            decay = tl.exp2(spread(delta[r]) * a)
             if scan.runs is not None:
                 now = run_of(scan, b, t0 + r, T)
                 state = tl.where(now == run_of(scan, b, t0 + r - 1, T), state, 0.0)
-            state = decay * state + row(written, r, ROWS) * row(write, r, ROWS)
+            state = decay * state + spread(delta[r] * u[r]) * write[r]
             if back is not None:
                 left *= decay
                 if scan.runs is not None:
                     left = tl.where(now == entered, left, 0.0)
-                onward += left * (row(dy, r, ROWS) * row(read, r, ROWS))
+                gated = dy[r]
+                if z_rows.ptr is not None:
+                    gated *= z[r] * sigmoid(z[r])
+                onward += left * (spread(gated) * read[r])
 
     of_group = b * groups + step
     if added is not None:
-        tl.store(added + of_group * (E * N) + at, state, mask=kept)
+        keep_states(added + of_group * (E * N), state, first, end, N, NO, NI, CT, LN, LC)
     if lengths is not None:
         tl.store(lengths + of_group * E + e, total, mask=inside)
     if back is not None:
-        tl.store(back + of_group * (E * N) + at, onward, mask=kept)
-
-
-@triton.jit
-def line(x, r, ROWS: tl.constexpr):
-    """Row r of [ROWS, BLOCK], as `row` takes it."""
-    bits = tl.where(tl.arange(0, ROWS)[:, None] == r, x.to(tl.int32, bitcast=True), 0)
-    return tl.sum(bits, 0).to(tl.float32, bitcast=True)
+        keep_states(back + of_group * (E * N), onward, first, end, N, NO, NI, CT, LN, LC)
 
 
 @triton.jit(do_not_specialize=["T", "groups", "length"])
@@ -194,21 +183,21 @@ def carry_kernel(
     if initial is not None:
         state = tl.load(initial + b * (E * N) + m, mask=there, other=0.0)
     for i in range(tl.cdiv(groups, TOGETHER)):
-        steps = i * TOGETHER + tl.arange(0, TOGETHER)[:, None]
-        group = groups - 1 - steps if REVERSE else steps
-        at = (b * groups + group) * (E * N) + m[None]
-        mask = (steps < groups) & there[None]
-        added = tl.load(states + at, mask=mask, other=0.0)
-        total = tl.load(lengths + (b * groups + group) * E + m[None] // N, mask=mask, other=0.0)
-        kept = tl.exp2(total * a[None])
-        behind = added
+        added = empty()
+        kept = empty()
         for k in tl.static_range(TOGETHER):
-            state = line(kept, k, TOGETHER) * state
+            step = i * TOGETHER + k
+            group = groups - 1 - step if REVERSE else step
+            mask = there & (step < groups)
+            added += (tl.load(states + (b * groups + group) * (E * N) + m, mask=mask, other=0.0),)
+            total = tl.load(lengths + (b * groups + group) * E + m // N, mask=mask, other=0.0)
+            kept += (tl.exp2(total * a),)
+        for k in tl.static_range(TOGETHER):
+            step = i * TOGETHER + k
+            group = groups - 1 - step if REVERSE else step
+            state = kept[k] * state
             if scan.runs is not None:
-                step = i * TOGETHER + k
-                one = groups - 1 - step if REVERSE else step
-                same = run_of(scan, b, one * length - 1, T) == run_of(scan, b, (one + 1) * length - 1, T)
+                same = run_of(scan, b, group * length - 1, T) == run_of(scan, b, (group + 1) * length - 1, T)
                 state = tl.where(same, state, 0.0)
-            state += line(added, k, TOGETHER)
-            behind = tl.where(tl.arange(0, TOGETHER)[:, None] == k, state[None], behind)
-        tl.store(states + at, behind, mask=mask)
+            state += added[k]
+            tl.store(states + (b * groups + group) * (E * N) + m, state, mask=there & (step < groups))

@@ -15,22 +15,22 @@ import triton.language as tl
 
 from attncompiler.mechanisms.mamba.recurrence.tokens import (
     LN2,
+    channel,
     channels,
-    numbers,
+    empty,
+    keep_states,
     of_channels,
     of_rows,
     of_shared,
     over_channels,
     over_states,
-    put,
-    row,
     run_of,
     sigmoid,
     spread,
-    spread_one,
+    states_of,
     stepped,
-    tokens,
     which_real,
+    with_channel,
 )
 
 
@@ -72,15 +72,28 @@ class Around(NamedTuple):
 
 
 @triton.jit
-def put_state(x, one, r, ROWS: tl.constexpr):
-    """States [ROWS, NO, NI, CT, LN, LC] with `one` as that of token r."""
-    return tl.where(tl.arange(0, ROWS)[:, None, None, None, None, None] == r, one[None], x)
+def own_places(c, NO: tl.constexpr, NI: tl.constexpr, CT: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr):
+    """Where channel c of states lies in a program's own memory, [NO, NI, 1, LN, LC]: a thread's NI side by side."""
+    at = tl.arange(0, NO)[:, None, None, None, None] * CT + c
+    at = at * LN + tl.arange(0, LN)[None, None, None, :, None]
+    at = at * LC + tl.arange(0, LC)[None, None, None, None, :]
+    return at * NI + tl.arange(0, NI)[None, :, None, None, None]
 
 
 @triton.jit
-def put_shares(x, one, r, ROWS: tl.constexpr):
-    """A tile [ROWS, NO, NI, LN] with `one` as its token r."""
-    return tl.where(tl.arange(0, ROWS)[:, None, None, None] == r, one[None], x)
+def put_own(ptr, x, NO: tl.constexpr, NI: tl.constexpr, CT: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr):
+    """Write states to the program's own memory."""
+    for c in tl.static_range(CT):
+        tl.store(ptr + own_places(c, NO, NI, CT, LN, LC), channel(x, c, CT))
+
+
+@triton.jit
+def get_own(ptr, NO: tl.constexpr, NI: tl.constexpr, CT: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr):
+    """Read what `put_own` wrote."""
+    found = tl.zeros([NO, NI, CT, LN, LC], tl.float32)
+    for c in tl.static_range(CT):
+        found = with_channel(found, tl.load(ptr + own_places(c, NO, NI, CT, LN, LC)), c, CT)
+    return found
 
 
 @triton.jit(do_not_specialize=["B", "T", "groups", "length", "chunk", "many", "unit", "nothing"])
@@ -103,31 +116,27 @@ def backward_kernel(
     step, b = rest % groups, (rest // groups).to(tl.int64)
     start = step * length
     stop = tl.minimum(start + length, T)
-    n = numbers(NO, NI, LN)
     HELD: tl.constexpr = NO * NI * CT * LN * LC
-    # a thread's own numbers, NI of them side by side
-    own = tl.arange(0, NO)[:, None, None, None, None] * CT + tl.arange(0, CT)[None, None, :, None, None]
-    own = own * LN + tl.arange(0, LN)[None, None, None, :, None]
-    own = own * LC + tl.arange(0, LC)[None, None, None, None, :]
-    own = own * NI + tl.arange(0, NI)[None, :, None, None, None]
-    own = scratch + tl.program_id(0).to(tl.int64) * (chunk // ROWS * HELD) + own
+    own = scratch + tl.program_id(0).to(tl.int64) * (chunk // ROWS * HELD)
+    # all threads of a channel's numbers have their sums, and one of them writes
+    lane = tl.arange(0, LC)[None, None, None, :]
     shares = tl.arange(0, NO)[:, None, None] * (LN * NI) + tl.arange(0, LN)[None, None, :] * NI
-    shares = (shares + tl.arange(0, NI)[None, :, None])[None]
+    shares = (shares + tl.arange(0, NI)[None, :, None])[:, :, :, None] + lane * 0
 
     for block in range(slot * many, tl.minimum((slot + 1) * many, blocks)):
-        e = channels(group * width + block * (CT * LC), unit, CT, LC)
-        inside = e < (group + 1) * width
-        kept = (n < N) & spread_one(inside)
-        at = spread_one(e.to(tl.int64) * N) + n
-        a = tl.load(scan.a + at, mask=kept, other=0.0)
+        first, end = group * width + block * (CT * LC), (group + 1) * width
+        e = channels(first, unit, CT, LC)
+        inside = e < end
+        a = states_of(scan.a, first, end, True, N, NO, NI, CT, LN, LC)
         bias, skip = of_channels(scan.bias, e, inside), of_channels(scan.d, e, inside)
         onward = tl.zeros([NO, NI, CT, LN, LC], tl.float32)
         da = onward
         d_skip, d_bias = tl.zeros([CT, LC], tl.float32), tl.zeros([CT, LC], tl.float32)
         if (around.back is not None) and step < groups - 1:
-            onward = tl.load(around.back + (b * groups + step + 1) * (E * N) + at, mask=kept, other=0.0)
+            behind = around.back + (b * groups + step + 1) * (E * N)
+            onward = states_of(behind, first, end, True, N, NO, NI, CT, LN, LC)
         elif around.final is not None and step == groups - 1:
-            onward = tl.load(around.final + b * (E * N) + at, mask=kept, other=0.0)
+            onward = states_of(around.final + b * (E * N), first, end, True, N, NO, NI, CT, LN, LC)
 
         chunks = (stop - start + chunk - 1) // chunk
         for i in range(chunks):
@@ -135,118 +144,109 @@ def backward_kernel(
             begin = start + number * chunk
             pieces = (tl.minimum(begin + chunk, stop) - begin + ROWS - 1) // ROWS
             place = (b * groups + step) * (length // chunk - 1) + number - 1
-            state = tl.load(around.inner + place * (E * N) + at, mask=kept & (number > 0), other=0.0)
+            state = states_of(around.inner + place * (E * N), first, end, number > 0, N, NO, NI, CT, LN, LC)
             if (around.initial is not None) or (around.states is not None):
                 entered = tl.zeros([NO, NI, CT, LN, LC], tl.float32)
                 if (around.states is not None) and step > 0:
-                    entered = tl.load(around.states + (b * groups + step - 1) * (E * N) + at, mask=kept, other=0.0)
+                    before = around.states + (b * groups + step - 1) * (E * N)
+                    entered = states_of(before, first, end, True, N, NO, NI, CT, LN, LC)
                 elif around.initial is not None:
-                    entered = tl.load(around.initial + b * (E * N) + at, mask=kept, other=0.0)
+                    entered = states_of(around.initial + b * (E * N), first, end, True, N, NO, NI, CT, LN, LC)
                 upto = tl.load(around.upto + place * E + e, mask=inside & (number > 0), other=0.0)
-                entered *= tl.exp2(spread_one(upto) * a)
+                entered *= tl.exp2(spread(upto) * a)
                 if scan.runs is not None:
                     same = run_of(scan, b, start - 1, T) == run_of(scan, b, begin - 1, T)
                     entered = tl.where(same, entered, 0.0)
                 state += entered
 
-            tl.store(own, state)
+            put_own(own, state, NO, NI, CT, LN, LC)
             for piece in range(1, pieces):
                 t0 = begin + (piece - 1) * ROWS
-                real = which_real(scan, b, tokens(t0, ROWS), T)
-                u, delta, _ = stepped(u_rows, dt_rows, scan, bias, b, t0, e, inside[None] & real, SOFTPLUS, ROWS)
+                real = which_real(scan, b, t0, T, ROWS)
+                u = of_rows(u_rows, b, t0, e, inside, real, ROWS)
+                delta, _ = stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS, ROWS)
                 write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
-                steps, written = spread(delta, LN), spread(delta * u, LN)
                 for r in tl.static_range(ROWS):
                     if scan.runs is not None:
                         state = tl.where(run_of(scan, b, t0 + r, T) == run_of(scan, b, t0 + r - 1, T), state, 0.0)
-                    state = tl.exp2(row(steps, r, ROWS) * a) * state + row(written, r, ROWS) * row(write, r, ROWS)
-                tl.store(own + piece * HELD, state)
+                    state = tl.exp2(spread(delta[r]) * a) * state + spread(delta[r] * u[r]) * write[r]
+                put_own(own + piece * HELD, state, NO, NI, CT, LN, LC)
             tl.debug_barrier()
 
             for j in range(pieces):
                 piece = pieces - 1 - j
                 t0 = begin + piece * ROWS
-                t = tokens(t0, ROWS)
-                real = which_real(scan, b, t, T)
-                there = inside[None] & real
-                u, delta, slope = stepped(u_rows, dt_rows, scan, bias, b, t0, e, there, SOFTPLUS, ROWS)
+                real = which_real(scan, b, t0, T, ROWS)
+                u = of_rows(u_rows, b, t0, e, inside, real, ROWS)
+                delta, slope = stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS, ROWS)
                 write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
                 read = of_shared(c_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
-                d_out = of_rows(dout, b, t0, e, there, ROWS)
-                dy = d_out
+                d_out = of_rows(dout, b, t0, e, inside, real, ROWS)
                 if z_rows.ptr is not None:
-                    z = of_rows(z_rows, b, t0, e, there, ROWS)
-                    gate = sigmoid(z)
-                    dy *= z * gate
-                steps, written, dys = spread(delta, LN), spread(delta * u, LN), spread(dy, LN)
-                state = tl.load(own + piece * HELD)
-                before = tl.zeros([ROWS, NO, NI, CT, LN, LC], tl.float32)
-                behind = before
+                    z = of_rows(z_rows, b, t0, e, inside, real, ROWS)
+                state = get_own(own + piece * HELD, NO, NI, CT, LN, LC)
+                states = empty()
+                states += (state,)  # before the first of the tokens, and behind each
                 for r in tl.static_range(ROWS):
-                    before = put_state(before, state, r, ROWS)
                     if scan.runs is not None:
                         state = tl.where(run_of(scan, b, t0 + r, T) == run_of(scan, b, t0 + r - 1, T), state, 0.0)
-                    state = tl.exp2(row(steps, r, ROWS) * a) * state + row(written, r, ROWS) * row(write, r, ROWS)
-                    behind = put_state(behind, state, r, ROWS)
+                    state = tl.exp2(spread(delta[r]) * a) * state + spread(delta[r] * u[r]) * write[r]
+                    states += (state,)
 
-                y, d_written = tl.zeros([ROWS, CT, LC], tl.float32), tl.zeros([ROWS, CT, LC], tl.float32)
-                d_step = tl.zeros([ROWS, CT, LC], tl.float32)
-                db, dc = tl.zeros([ROWS, NO, NI, LN], tl.float32), tl.zeros([ROWS, NO, NI, LN], tl.float32)
                 for r in tl.static_range(ROWS - 1, -1, -1):
-                    dy_r, delta_r, read_r = row(dys, r, ROWS), row(steps, r, ROWS), row(read, r, ROWS)
+                    there = inside & real[r]
+                    dy = d_out[r]
                     if z_rows.ptr is not None:
-                        y = put(y, over_states(row(behind, r, ROWS) * read_r, CT, LN), r, ROWS)
-                    onward += dy_r * read_r
-                    dc = put_shares(dc, over_channels(dy_r * row(behind, r, ROWS)), r, ROWS)
-                    db = put_shares(db, over_channels(row(written, r, ROWS) * onward), r, ROWS)
-                    d_written = put(d_written, over_states(onward * row(write, r, ROWS), CT, LN), r, ROWS)
+                        gate = sigmoid(z[r])
+                        dy *= z[r] * gate
+                    onward += spread(dy) * read[r]
+                    dc = over_channels(spread(dy) * states[r + 1])
+                    db = over_channels(spread(delta[r] * u[r]) * onward)
+                    d_written = over_states(onward * write[r], CT, LN)
                     # made again: to keep all tokens' decays there are no registers
-                    onward *= tl.exp2(delta_r * a + nothing)
+                    onward *= tl.exp2(spread(delta[r]) * a + nothing)
                     if scan.runs is not None:
                         same = run_of(scan, b, t0 + r, T) == run_of(scan, b, t0 + r - 1, T)
                         onward = tl.where(same, onward, 0.0)
-                    d_exponent = onward * row(before, r, ROWS)
+                    d_exponent = onward * states[r]
                     if scan.runs is not None:
                         d_exponent = tl.where(same, d_exponent, 0.0)  # another document's state need not be finite
-                    da += d_exponent * delta_r
-                    d_step = put(d_step, over_states(d_exponent * a, CT, LN), r, ROWS)
+                    da += d_exponent * spread(delta[r])
+                    d_step = over_states(d_exponent * a, CT, LN)
 
-                d_raw = tl.where(there, (d_step * LN2 + d_written * u) * slope, 0.0)
-                d_u = d_written * delta
-                d_bias += tl.sum(d_raw, 0)
-                if scan.d is not None:
-                    d_u += dy * skip[None]
-                    d_skip += tl.sum(dy * u, 0)
-                if z_rows.ptr is not None:
+                    d_raw = tl.where(there, (d_step * LN2 + d_written * u[r]) * slope[r], 0.0)
+                    d_u = d_written * delta[r]
+                    d_bias += d_raw
                     if scan.d is not None:
-                        y += skip[None] * u
-                    d_z = tl.where(there, d_out * y * (gate * (1 + z * (1 - gate))), 0.0)
-                at_out = (b * T + t0) * E + e[None] + tokens(0, ROWS) * E
-                mask = inside[None] & (t < T)
-                tl.store(grads.u + at_out, tl.where(there, d_u, 0.0).to(grads.u.dtype.element_ty), mask=mask)
-                tl.store(grads.dt + at_out, d_raw.to(grads.dt.dtype.element_ty), mask=mask)
-                if z_rows.ptr is not None:
-                    tl.store(grads.z + at_out, d_z.to(grads.z.dtype.element_ty), mask=mask)
-                t = t[:, :, :, None]
-                at_share = (
-                    ((slot * B + b) * T + t0 + tl.arange(0, ROWS)[:, None, None, None]) * G + group
-                ) * N + shares
-                mask = (shares < N) & (t < T)
-                more = mask & (block > slot * many)
-                db += tl.load(grads.b + at_share, mask=more, other=0.0)
-                dc += tl.load(grads.c + at_share, mask=more, other=0.0)
-                if scan.real is not None:
-                    real = which_real(scan, b, t, T)
-                    db, dc = tl.where(real, db, 0.0), tl.where(real, dc, 0.0)
-                tl.store(grads.b + at_share, db, mask=mask)
-                tl.store(grads.c + at_share, dc, mask=mask)
+                        d_u += dy * skip
+                        d_skip += dy * u[r]
+                    at_out = (b * T + t0) * E + e + r * E
+                    mask = inside & (t0 + r < T)
+                    tl.store(grads.u + at_out, tl.where(there, d_u, 0.0).to(grads.u.dtype.element_ty), mask=mask)
+                    tl.store(grads.dt + at_out, d_raw.to(grads.dt.dtype.element_ty), mask=mask)
+                    if z_rows.ptr is not None:
+                        y = over_states(states[r + 1] * read[r], CT, LN)
+                        if scan.d is not None:
+                            y += skip * u[r]
+                        d_z = tl.where(there, d_out[r] * y * (gate * (1 + z[r] * (1 - gate))), 0.0)
+                        tl.store(grads.z + at_out, d_z.to(grads.z.dtype.element_ty), mask=mask)
+                    at_share = (((slot * B + b) * T + t0 + r) * G + group) * N + shares
+                    mask = (shares < N) & (lane == 0) & (t0 + r < T)
+                    more = mask & (block > slot * many)
+                    db = db[:, :, :, None] + tl.load(grads.b + at_share, mask=more, other=0.0)
+                    dc = dc[:, :, :, None] + tl.load(grads.c + at_share, mask=more, other=0.0)
+                    if scan.real is not None:
+                        db, dc = tl.where(real[r], db, 0.0), tl.where(real[r], dc, 0.0)
+                    tl.store(grads.b + at_share, db, mask=mask)
+                    tl.store(grads.c + at_share, dc, mask=mask)
             tl.debug_barrier()
 
         of_group = b * groups + step
-        tl.store(grads.a + (b * groups + (step + 1) % groups) * (E * N) + at, da, mask=kept)
+        at_a = grads.a + (b * groups + (step + 1) % groups) * (E * N)
+        keep_states(at_a, da, first, end, N, NO, NI, CT, LN, LC)
         if grads.d is not None:
             tl.store(grads.d + of_group * E + e, d_skip, mask=inside)
         if grads.bias is not None:
             tl.store(grads.bias + of_group * E + e, d_bias, mask=inside)
         if grads.initial is not None and step == 0:
-            tl.store(grads.initial + b * (E * N) + at, onward, mask=kept)
+            keep_states(grads.initial + b * (E * N), onward, first, end, N, NO, NI, CT, LN, LC)

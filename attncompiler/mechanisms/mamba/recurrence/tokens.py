@@ -3,11 +3,13 @@
 A program is one warp and has a block of CT·LC channels with their N numbers of state, padded to NO·NI·LN. LN threads
 share a channel: a thread holds NO·NI numbers of CT channels, so the sum over a channel's numbers takes log LN steps
 between threads, and that over the block's channels log LC. States are [NO, NI, CT, LN, LC]: by Triton's own rule the
-last two axes are the warp's 32 threads, and the others a thread's registers.
+last two axes are the warp's 32 threads, and the others a thread's registers. What a token has once for each channel is
+[CT, LC]: a channel for a thread, where there are CT threads to a channel.
 
-ROWS tokens are loaded together. Tiles of what they have once for each channel are [ROWS, CT, LC]: a channel for a
-thread, where there are CT threads to a channel. From a tile whose first axis lies in registers `row` takes a token's
-part without an instruction.
+Triton lays out every load and store by itself, by which of its axes memory is contiguous along; among the other axes
+some versions give threads to the first ones, some to the last. So no tensor that is loaded or stored has more axes, or
+larger ones, than its contiguous numbers and the warp's threads fill: ROWS tokens are loaded together but are a tuple of
+tensors, and states are loaded and stored channel by channel.
 """
 
 from __future__ import annotations
@@ -84,18 +86,21 @@ def sigmoid(x):
 
 
 @triton.jit
-def tokens(t0, ROWS: tl.constexpr):
-    """The tile's tokens, [ROWS, 1, 1]."""
-    return t0 + tl.arange(0, ROWS)[:, None, None]
+def empty():
+    """No tokens yet, to which their numbers are added one after the other."""
+    return ()
 
 
 @triton.jit
-def which_real(scan, b, t, T):
-    """Which of the tokens t there are, and are no padding."""
-    there = t < T
-    if scan.real is not None:
-        there &= tl.load(scan.real + b.to(tl.int64) * T + t, mask=there, other=0) != 0
-    return there
+def which_real(scan, b, t0, T, ROWS: tl.constexpr):
+    """Of each of the tokens from t0 on, whether there is one, and it is no padding."""
+    found = empty()
+    for r in tl.static_range(ROWS):
+        there = t0 + r < T
+        if scan.real is not None:
+            there &= tl.load(scan.real + b.to(tl.int64) * T + t0 + r, mask=there, other=0) != 0
+        found += (there,)
+    return found
 
 
 @triton.jit
@@ -124,6 +129,51 @@ def numbers(NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr):
 
 
 @triton.jit
+def channel(x, c, CT: tl.constexpr):
+    """Channel c of [NO, NI, CT, LN, LC]. As whole numbers: to add 0 to a number is no instruction only there."""
+    bits = tl.where(tl.arange(0, CT)[None, None, :, None, None] == c, x.to(tl.int32, bitcast=True), 0)
+    return tl.sum(bits, 2)[:, :, None].to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def with_channel(x, one, c, CT: tl.constexpr):
+    """[NO, NI, CT, LN, LC] with `one` as its channel c."""
+    return tl.where(tl.arange(0, CT)[None, None, :, None, None] == c, one, x)
+
+
+@triton.jit
+def places(first, end, N: tl.constexpr, NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr):
+    """Where the numbers of LC channels from `first` on lie in (E, N), [NO, NI, 1, LN, LC], and which there are."""
+    n = numbers(NO, NI, LN)
+    e = first + tl.arange(0, LC)[None, None, None, None, :]
+    return e.to(tl.int64) * N + n, (n < N) & (e < end)
+
+
+@triton.jit
+def states_of(
+    ptr, first, end, there,
+    N: tl.constexpr, NO: tl.constexpr, NI: tl.constexpr, CT: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
+):  # fmt: skip
+    """The numbers of (E, N) of a block's channels from `first` on; 0 where there are none, or not `there`."""
+    found = tl.zeros([NO, NI, CT, LN, LC], tl.float32)
+    for c in tl.static_range(CT):
+        at, which = places(first + c * LC, end, N, NO, NI, LN, LC)
+        found = with_channel(found, tl.load(ptr + at, mask=which & there, other=0.0), c, CT)
+    return found
+
+
+@triton.jit
+def keep_states(
+    ptr, x, first, end,
+    N: tl.constexpr, NO: tl.constexpr, NI: tl.constexpr, CT: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
+):  # fmt: skip
+    """Write what `states_of` reads."""
+    for c in tl.static_range(CT):
+        at, which = places(first + c * LC, end, N, NO, NI, LN, LC)
+        tl.store(ptr + at, channel(x, c, CT), mask=which)
+
+
+@triton.jit
 def of_channels(ptr, e, inside):
     """Parameters (E) of the block's channels; 0 where there are none."""
     found = tl.zeros(e.shape, tl.float32)
@@ -142,10 +192,13 @@ def widened(x):
 
 
 @triton.jit
-def of_rows(rows, b, t0, e, there, ROWS: tl.constexpr):
-    """A tile of tokens' numbers [ROWS, CT, LC] in fp32; 0 where there are none."""
-    at = rows.ptr + (b.to(tl.int64) * rows.batch + t0.to(tl.int64) * rows.token) + e[None]
-    return widened(tl.load(at + tokens(0, ROWS) * rows.token, mask=there, other=0.0))
+def of_rows(rows, b, t0, e, inside, real, ROWS: tl.constexpr):
+    """Tokens' numbers [CT, LC] in fp32; 0 where there are none, or the token is not `real`."""
+    at = rows.ptr + (b.to(tl.int64) * rows.batch + t0.to(tl.int64) * rows.token) + e
+    found = empty()
+    for r in tl.static_range(ROWS):
+        found += (widened(tl.load(at + r * rows.token, mask=inside & real[r], other=0.0)),)
+    return found
 
 
 @triton.jit
@@ -153,39 +206,20 @@ def of_shared(
     shared, b, t0, group, real, ROWS: tl.constexpr, N: tl.constexpr,
     NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
 ):  # fmt: skip
-    """Tokens' numbers of B or C [ROWS, NO, NI, 1, LN, LC] in fp32; 0 where `real` [ROWS, 1, 1] is not."""
+    """Tokens' numbers of B or C [NO, NI, 1, LN, LC] in fp32; 0 where the token is not `real`."""
     at = shared.ptr + (b.to(tl.int64) * shared.batch + t0.to(tl.int64) * shared.token + group * shared.group)
     # each thread loads what it needs, NI numbers at once: all threads together need the same few
     n = numbers(NO, NI, LN) + tl.zeros([1, 1, 1, 1, LC], tl.int32)
-    mask = real[:, :, :, None, None, None] & (n < N)[None]
-    at = (at + n[None]) + tokens(0, ROWS)[:, :, :, None, None, None] * shared.token
-    return widened(tl.load(at, mask=mask, other=0.0))
+    found = empty()
+    for r in tl.static_range(ROWS):
+        found += (widened(tl.load(at + n + r * shared.token, mask=(n < N) & real[r], other=0.0)),)
+    return found
 
 
 @triton.jit
-def row(x, r, ROWS: tl.constexpr):
-    """Token r of [ROWS, …, 5 axes more]. As whole numbers: to add 0 to a number is no instruction only there."""
-    bits = x.to(tl.int32, bitcast=True)
-    own = tl.arange(0, ROWS)[:, None, None, None, None, None] == r
-    return tl.sum(tl.where(own, bits, 0), 0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def spread(x, LN: tl.constexpr):
-    """A tile [ROWS, CT, LC] to all threads that share its channels: [ROWS, 1, 1, CT, LN, LC]."""
-    return tl.broadcast_to(x[:, None, None, :, None, :], [x.shape[0], 1, 1, x.shape[1], LN, x.shape[2]])
-
-
-@triton.jit
-def spread_one(x):
-    """[CT, LC] as [1, 1, CT, 1, LC]."""
+def spread(x):
+    """[CT, LC] to all threads that share its channels: [1, 1, CT, 1, LC]."""
     return x[None, None, :, None, :]
-
-
-@triton.jit
-def put(x, one, r, ROWS: tl.constexpr):
-    """A tile [ROWS, …] with `one` as its token r."""
-    return tl.where(tl.arange(0, ROWS)[:, None, None] == r, one[None], x)
 
 
 @triton.jit
@@ -206,16 +240,21 @@ def over_channels(x):
 
 
 @triton.jit
-def stepped(u_rows, dt_rows, scan, bias, b, t0, e, there, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr):
-    """Of a tile of tokens: u, the time steps Δ, and the derivative of Δ by dt, all 0 where nothing is."""
-    u = of_rows(u_rows, b, t0, e, there, ROWS)
-    raw = of_rows(dt_rows, b, t0, e, there, ROWS)
-    if scan.bias is not None:
-        raw += bias[None]
-    slope = tl.where(there, 1.0, 0.0)
-    if SOFTPLUS:
-        step, small = softplus(raw)
-        slope *= tl.where(raw > 0, 1.0, small) / (1 + small)
-    else:
-        step = raw
-    return u, tl.where(there, step, 0.0), slope
+def stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr):
+    """Of tokens the time steps Δ, and the derivatives of Δ by dt, [CT, LC], all 0 where nothing is."""
+    raws = of_rows(dt_rows, b, t0, e, inside, real, ROWS)
+    steps = empty()
+    slopes = empty()
+    for r in tl.static_range(ROWS):
+        raw = raws[r]
+        if scan.bias is not None:
+            raw += bias
+        slope = tl.where(inside & real[r], 1.0, 0.0)
+        if SOFTPLUS:
+            step, small = softplus(raw)
+            slope *= tl.where(raw > 0, 1.0, small) / (1 + small)
+        else:
+            step = raw
+        steps += (tl.where(inside & real[r], step, 0.0),)
+        slopes += (slope,)
+    return steps, slopes
