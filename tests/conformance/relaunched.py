@@ -9,6 +9,7 @@ Run in a process of its own: under Triton's interpreter nothing is compiled.
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from collections import defaultdict
@@ -28,6 +29,8 @@ from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, Full, SlidingWindow
 from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
 from attncompiler.mechanisms.linear_attention.recurrence import kernel as linear
+from attncompiler.mechanisms.mamba.op import MambaOptions
+from attncompiler.mechanisms.mamba.recurrence import kernel as mamba
 from attncompiler.mechanisms.mamba2.op import Mamba2Options
 from attncompiler.mechanisms.mamba2.recurrence import kernel as mamba2
 
@@ -53,7 +56,10 @@ def attend(draw: random.Random) -> None:
 
 
 def recur(draw: random.Random) -> None:
-    """Linear attention or mamba2, forward and backward."""
+    """Linear attention, mamba2 or mamba, forward and backward."""
+    if draw.random() < 0.4:
+        scan(draw)
+        return
     B, T, D = 2, draw.choice([1, 100]), draw.choice([1, 16])
     dtype = draw.choice([torch.bfloat16, torch.bfloat16, torch.float16])
 
@@ -94,6 +100,36 @@ def recur(draw: random.Random) -> None:
     mamba2.backward({"out": heads(draw, B, T, 2, 16, dtype)}, tensors, outputs, options)
 
 
+def scan(draw: random.Random) -> None:
+    """Mamba, forward and backward, of one group of tokens or of several."""
+    B, T, E, G = 2, draw.choice([1, 100, 100]), draw.choice([2, 32, 32]), draw.choice([1, 1, 2])
+    N = draw.choice([1, 16, 16])
+    dtype = draw.choice([torch.bfloat16, torch.bfloat16, torch.float16])
+
+    def drawn(*shape: int) -> torch.Tensor:
+        """Numbers in fp32 side by side, at an address that a wide load may have, or not."""
+        return torch.zeros(math.prod(shape) + 1)[draw.choice([0] * 9 + [1]) :][: math.prod(shape)].view(shape)
+
+    def rows() -> torch.Tensor:
+        return heads(draw, B, T, 1, E, dtype)[:, :, 0]
+
+    tensors = {name: heads(draw, B, T, G, N, dtype) for name in "bc"}
+    tensors |= {"u": rows(), "dt": rows(), "a": drawn(E, N)}
+    optional = {
+        "z": rows,
+        "d": lambda: drawn(E),
+        "dt_bias": lambda: drawn(E),
+        "initial_state": lambda: drawn(B, E, N),
+        "segment_ids": lambda: torch.zeros(B, T, dtype=torch.int64),
+        "attention_mask": lambda: torch.ones(B * T + 1, dtype=torch.bool)[draw.choice([0, 1]) :][: B * T].view(B, T),
+    }
+    tensors |= {name: make() for name, make in optional.items() if draw.random() < 0.15}
+    options = MambaOptions(dt_softplus=draw.random() < 0.9)
+    outputs = mamba.forward(tensors, options)
+    grads = {"out": rows()} | ({"final_state": drawn(B, E, N)} if draw.random() < 0.15 else {})
+    mamba.backward(grads, tensors, outputs, options)
+
+
 def call(draw: random.Random) -> tuple[dict[str, torch.Tensor], AttentionOptions, torch.Tensor]:
     B, T, D, K = 2, draw.choice([1, 16, 100]), draw.choice([64, 128]), draw.choice([1, 2])
     S, dtype = draw.choice([T, T + 1]), draw.choice([torch.bfloat16, torch.float16])
@@ -115,7 +151,7 @@ def call(draw: random.Random) -> tuple[dict[str, torch.Tensor], AttentionOptions
 
 def main(mechanism: str, calls: int) -> None:
     triton.runtime.driver.set_active(NoDevice(90))
-    kernel.device_of = launch.device_of = lambda device: Device(232448, 132, (9, 0))
+    kernel.device_of = launch.device_of = mamba.device_of = lambda device: Device(232448, 132, (9, 0))
     launch.FEWEST_CHUNKS = 1  # short sequences have several groups
     kernel.FEW_ROWS = 0  # one query is few: others would serve it
     asked: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attncompiler.blocks.gpu import Device, device_of
+from attncompiler.blocks.launching.launcher import Launcher, known_by
 from attncompiler.blocks.segments import run_numbers
 from attncompiler.mechanisms.mamba.cost import CHUNK, MANY, ROWS
 from attncompiler.mechanisms.mamba.op import MambaOptions
@@ -43,9 +44,6 @@ class Layout:
     def held(self) -> int:
         """Numbers of a block, padding among them."""
         return self.NO * self.NI * self.CT * self.LN * self.LC
-
-    def arguments(self) -> dict[str, int]:
-        return {"NO": self.NO, "NI": self.NI, "CT": self.CT, "LN": self.LN, "LC": self.LC}
 
 
 WARP = 32
@@ -116,6 +114,11 @@ def _cut(T: int, tokens: int, chunk: int) -> Groups:
     return Groups(triton.cdiv(T, tokens), tokens, chunk)
 
 
+READ, SWEEP, CARRY, BACKWARD = (
+    Launcher(kernel) for kernel in (read_kernel, sweep_kernel, carry_kernel, backward_kernel)
+)
+
+
 class Call:
     """A call's tensors as the kernels take them."""
 
@@ -140,40 +143,53 @@ class Call:
             None if runs is None else runs.to(torch.int32).contiguous(),
             None if real is None else real.contiguous().view(torch.uint8),
         )
-        sizes = {"E": self.E, "G": self.G, "N": self.N}
-        self.constants: dict[str, Any] = {"SOFTPLUS": options.dt_softplus, "ROWS": self.take, **sizes, "num_warps": 1}
+        self.initial = self.whole("initial_state")
+        self.layout = layout_for(self.device, self.N)
+        self.constants = options.dt_softplus, self.take, self.E, self.G, self.N, *astuple(self.layout)
+        given = known_by(*(each.ptr for each in self.operands), *self.scan, self.initial)
+        self.known = given, self.constants
+        """all that launches are compiled for, but for what is asked of a kernel"""
 
     def whole(self, name: str) -> Tensor | None:
         tensor = self.inputs.get(name)
         return None if tensor is None else tensor.contiguous()
 
-    def blocks(self, layout: Layout) -> int:
+    @property
+    def blocks(self) -> int:
         """Of one sequence: no block has channels of two groups."""
-        return self.G * triton.cdiv(self.E // self.G, layout.channels)
+        return self.G * triton.cdiv(self.E // self.G, self.layout.channels)
 
     def wide(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.inputs["u"].device)
 
-    def sweep(self, groups: Groups, count: int, layout: Layout, dout: Tensor | None, **found: Tensor | None) -> None:
+    def sweep(self, groups: Groups, count: int, dout: Tensor | None, **found: Tensor | None) -> None:
         """What the first `count` groups do to states, into the buffers of `found`."""
         named = [found.get(name) for name in ("added", "lengths", "back", "inner", "upto")]
-        sweep_kernel[(self.B * self.blocks(layout) * count,)](
-            *self.operands, self.scan, None if dout is None else rows(dout), *named,
-            self.T, count, groups.tokens, groups.chunk, 1, **self.constants, **layout.arguments(),
-        )  # fmt: skip
+        SWEEP(
+            (self.B * self.blocks * count,),
+            (self.known, known_by(dout), *(each is None for each in named)),
+            *(*self.operands, self.scan, None if dout is None else rows(dout), *named),
+            *(self.T, count, groups.tokens, groups.chunk, 1, *self.constants),
+            num_warps=1,
+        )
 
     def carry(
         self, states: Tensor, lengths: Tensor, initial: Tensor | None, groups: Groups, count: int, *, reverse: bool
     ) -> None:
         """Turn what groups add into the states behind them, or in reverse before them."""
-        carry_kernel[(self.B, triton.cdiv(self.E * self.N, CARRIED))](
-            self.scan, states, lengths, initial, self.T, count, groups.tokens,
-            E=self.E, N=self.N, REVERSE=reverse, BLOCK=CARRIED, TOGETHER=4, num_warps=1,
-        )  # fmt: skip
+        CARRY(
+            (self.B, triton.cdiv(self.E * self.N, CARRIED)),
+            (self.known, known_by(initial), reverse),
+            *(self.scan, states, lengths, initial, self.T, count, groups.tokens),
+            *(self.E, self.N, reverse, CARRIED, TOGETHER),
+            num_warps=1,
+        )
 
 
 CARRIED = 64
 """numbers of state that a program of one warp carries"""
+TOGETHER = 4
+"""groups that it loads together"""
 
 
 def rows(tensor: Tensor) -> Rows:
@@ -191,19 +207,20 @@ def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
     """out (B, T, E) in u's dtype and final_state (B, E, N) in fp32."""
     call = Call(inputs, options)
     B, T, E, N = call.B, call.T, call.E, call.N
-    layout = layout_for(call.device, N)
-    groups = forward_groups(call.device, B * call.blocks(layout), T)
-    initial = call.whole("initial_state")
+    groups = forward_groups(call.device, B * call.blocks, T)
     out = torch.empty_like(inputs["u"], memory_format=torch.contiguous_format)
     final, states = call.wide(B, E, N), None
     if groups.count > 1:
         states, lengths = call.wide(B, groups.count - 1, E, N), call.wide(B, groups.count - 1, E)
-        call.sweep(groups, groups.count - 1, layout, None, added=states, lengths=lengths)
-        call.carry(states, lengths, initial, groups, groups.count - 1, reverse=False)
-    read_kernel[(B * call.blocks(layout) * groups.count,)](
-        *call.operands, call.scan, initial, states, out, final, T, groups.count, groups.tokens, 1,
-        **call.constants, **layout.arguments(),
-    )  # fmt: skip
+        call.sweep(groups, groups.count - 1, None, added=states, lengths=lengths)
+        call.carry(states, lengths, call.initial, groups, groups.count - 1, reverse=False)
+    READ(
+        (B * call.blocks * groups.count,),
+        (call.known, states is None),
+        *(*call.operands, call.scan, call.initial, states, out, final),
+        *(T, groups.count, groups.tokens, 1, *call.constants),
+        num_warps=1,
+    )
     return {"out": out, "final_state": final}
 
 
@@ -213,10 +230,8 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     B, T, E, G, N = call.B, call.T, call.E, call.G, call.N
     dout = grads["out"] if "out" in grads else torch.zeros_like(inputs["u"])
     final = grads["final_state"].contiguous() if "final_state" in grads else None
-    initial = call.whole("initial_state")
-    layout = layout_for(call.device, N)
-    many = blocks_together(call.device, B * call.blocks(layout), T)
-    slots = triton.cdiv(call.blocks(layout) // G, many)
+    many = blocks_together(call.device, B * call.blocks, T)
+    slots = triton.cdiv(call.blocks // G, many)
     groups = backward_groups(call.device, B * G * slots, T)
     count = groups.count
 
@@ -226,9 +241,9 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     if count > 1:
         states, back, lengths = call.wide(B, count, E, N), call.wide(B, count, E, N), call.wide(B, count, E)
     if count > 1 or chunks > 1:
-        call.sweep(groups, count, layout, dout, added=states, lengths=lengths, back=back, inner=inner, upto=upto)
+        call.sweep(groups, count, dout, added=states, lengths=lengths, back=back, inner=inner, upto=upto)
     if states is not None and back is not None and lengths is not None:
-        call.carry(states, lengths, initial, groups, count, reverse=False)
+        call.carry(states, lengths, call.initial, groups, count, reverse=False)
         call.carry(back, lengths, final, groups, count, reverse=True)
 
     like: Mapping[str, Any] = {"memory_format": torch.contiguous_format}
@@ -236,22 +251,21 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     parts = {name: call.wide(slots, B, T, G, N) for name in ("b", "c")}
     sums = {"a": call.wide(B, count, E, N) if back is None else back}
     sums |= {name: call.wide(B, count, E) for name in ("d", "dt_bias") if name in inputs}
-    if initial is not None:
-        found["initial_state"] = torch.empty_like(initial)
+    if call.initial is not None:
+        found["initial_state"] = torch.empty_like(call.initial)
     programs = B * G * slots * count
-    scratch = call.wide(programs, groups.chunk // call.take, layout.held)
-    backward_kernel[(programs,)](
-        *call.operands,
-        call.scan,
-        rows(dout),
-        Around(initial, states, inner, upto, final, back),
+    scratch = call.wide(programs, groups.chunk // call.take, call.layout.held)
+    BACKWARD(
+        (programs,),
+        (call.known, known_by(dout, final), count > 1),
+        *(*call.operands, call.scan, rows(dout), Around(call.initial, states, inner, upto, final, back)),
         Grads(
-            found["u"], found["dt"], found.get("z"), parts["b"], parts["c"],
-            sums["a"], sums.get("d"), sums.get("dt_bias"), found.get("initial_state"),
+            *(found["u"], found["dt"], found.get("z"), parts["b"], parts["c"]),
+            *(sums["a"], sums.get("d"), sums.get("dt_bias"), found.get("initial_state")),
         ),
-        scratch, B, T, count, groups.tokens, groups.chunk, many, 1, 0.0,
-        **call.constants, **layout.arguments(),
-    )  # fmt: skip
+        *(scratch, B, T, count, groups.tokens, groups.chunk, many, 1, 0.0, *call.constants),
+        num_warps=1,
+    )
     found |= {name: part.sum(0).to(inputs[name].dtype) for name, part in parts.items()}
     found |= {name: each.sum((0, 1)) for name, each in sums.items()}
     return found
