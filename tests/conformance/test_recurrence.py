@@ -140,3 +140,43 @@ def test_nan_is_not_swallowed(device: str, feature_map: str, name: str) -> None:
     out = ops.linear_attention(q, k, v, log_decay=log_decay, feature_map=feature_map, kernel="triton")
     assert bool(out[:, 50].isnan().any())
     assert bool(out[:, :32].isfinite().all())
+
+
+@pytest.mark.parametrize("number", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["elu", "raw", "gated", "ssd"])
+def test_chunks_without_padding_agree_with_plain_torch(device: str, kind: str, number: str) -> None:
+    """Of whole chunks nothing is masked, and on a GPU a sequence is long enough for all that is read ahead. Errors are
+    those of plain torch in the same numbers, and a few roundings."""
+    gpu = device == "cuda"
+    if number == "bfloat16" and not gpu:
+        pytest.skip("Triton's interpreter does not compute bf16 right")
+    B, T, H, D = (8, 2048, 16, 128) if gpu else (2, 64, 4, 16)
+    generator = torch.Generator().manual_seed(0)
+    given = getattr(torch, number)
+
+    def drawn(*shape: int, dtype: torch.dtype = given) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    inputs: dict[str, torch.Tensor]
+    if kind == "ssd":
+        inputs = {"x": drawn(B, T, H, 16), "dt": drawn(B, T, H), "A": -drawn(H, dtype=torch.float32).abs()}
+        inputs |= {"B": drawn(B, T, 1, D), "C": drawn(B, T, 1, D), "D": drawn(H, dtype=torch.float32)}
+    else:
+        inputs = {name: drawn(B, T, H, D) for name in "qkv"}
+        if kind == "gated":
+            inputs["log_decay"] = torch.nn.functional.logsigmoid(drawn(B, T, H, dtype=torch.float32))
+    more: dict[str, object] = {} if kind == "ssd" else {"feature_map": "elu" if kind == "elu" else "identity"}
+    if kind in ("raw", "gated"):
+        more |= {"normalize": False, "scale": T**-0.5}
+    grad: torch.Tensor | None = None
+    found: list[list[torch.Tensor]] = []
+    for name, precise in (("triton", False), ("chunkwise", False), ("chunkwise", True)):
+        leaves = {key: (each.double() if precise else each.clone()).requires_grad_() for key, each in inputs.items()}
+        out = (ops.ssd if kind == "ssd" else ops.linear_attention)(**leaves, **more, kernel=name)  # type: ignore[arg-type]
+        assert isinstance(out, torch.Tensor)
+        grad = drawn(*out.shape) if grad is None else grad
+        found.append([out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))])
+    rms = [float(exact.square().mean().sqrt()) for exact in found[2]]
+    for which, ours, torchs, exact, size in zip(("out", *inputs), *found, rms, strict=True):
+        apart, usual = (float((each.double() - exact).square().mean().sqrt()) for each in (ours, torchs))
+        assert apart < 2 * usual + 4 * torch.finfo(given).eps * size, (which, apart, usual, size)
