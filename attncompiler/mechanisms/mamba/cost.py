@@ -17,7 +17,7 @@ CHUNK, MANY, ROWS = 64, 8, 4
 blocks of channels whose shares of the gradients of B and C a program adds, 8·N bytes a token for so many; and tokens
 between the states that a program keeps inside a chunk, in memory of its own"""
 HELD = 512
-"""numbers of state of a block: of 16 each, 32 channels"""
+"""numbers of state of a block: of 16 each, 32 channels; half as many of 33 to 128 each"""
 RESIDENT = 1056
 """programs of an H100 or H200 together, 8 for each of 132 multiprocessors"""
 
@@ -80,13 +80,14 @@ def _kernel_workspace(policy: MambaPolicy, size: MixerSize) -> int:
         # every token's state, its decay, what is written to it, and the gradients on the way
         return 4 * size.seq_len * state
     if size.kernel == "triton":
-        blocks = -(-width * policy.state_size // HELD)
+        held = HELD // 2 if 32 < policy.state_size <= 128 else HELD
+        blocks = -(-width * policy.state_size // held)
         chunks = -(-size.seq_len // CHUNK)
         many = max(1, min(MANY, blocks * chunks // RESIDENT))
         programs = min(RESIDENT, -(-blocks // many) * chunks)
         # states before chunks, shares, states inside a chunk, and those around the groups of tokens, forward and back
         shares = 2 * -(-blocks // (many * size.batch)) * size.tokens * policy.state_size * FP32
-        return chunks * state + shares + programs * HELD * FP32 * (CHUNK // ROWS + 2 * many)
+        return chunks * state + shares + programs * held * FP32 * (CHUNK // ROWS + 2 * many)
     chunk = min(size.seq_len, max(8, min(64, BUFFER_ELEMENTS // (width * policy.state_size))))
     # the state before each chunk; decays, states and gradients of the states in one chunk
     return (-(-size.seq_len // chunk) + 4 * chunk) * state

@@ -56,13 +56,16 @@ def layout_for(device: Device, N: int) -> Layout:
 
     Where a thread has all sixteen numbers of one channel it has four times as many of B and C to load and to unpack,
     and sums over channels take 5 steps between threads for each of 16, in place of 3 for each of 4. For this, sums over
-    a channel's numbers, which were in a thread, take 2 for each of 4 channels.
+    a channel's numbers, which were in a thread, take 2 for each of 4 channels. Where more than 8 threads share a
+    channel, a block has fewer channels than threads, and what tokens have once for a channel lies in several threads:
+    of more than two channels the backward has no registers for that.
     """
     wide = triton.next_power_of_2(N)
     NI = min(4, wide)
     LN = max(1, min(WARP, wide // NI))
     NO = wide // (NI * LN)
-    return Layout(NO, NI, min(4, LN, HELD // (NO * NI)), LN, 2 if device.interpreted else WARP // LN)
+    CT = min(2 if LN > 8 else 4, LN, HELD // (NO * NI))
+    return Layout(NO, NI, CT, LN, 2 if device.interpreted else WARP // LN)
 
 
 @dataclass(frozen=True, slots=True)
