@@ -65,7 +65,7 @@ class TimedRow(Row):
 
     @property
     def by_length(self) -> bool:
-        """Whether it is one of several that differ in T alone."""
+        """Whether it is one of several that differ in T, of as many tokens."""
         return self.group.endswith("length")
 
     @property

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from attncompiler.blocks.gpu import Device, device_of
+from attncompiler.blocks.gpu import Device, device_of, parts, power_of_2
 from attncompiler.blocks.launching.launcher import Launcher, known_by
 from attncompiler.blocks.recurrence.passes import (
     Added,
@@ -29,16 +29,6 @@ Map = Literal["none", "elu", "relu"]
 """A feature map, of which that of all numbers to themselves is none."""
 WIDEST = 256
 """numbers of a row or column at most: they are multiplied in one piece"""
-
-
-def parts(whole: int, each: int) -> int:
-    """How many parts of so many cover the whole. (Triton's own, on the host, take 5 µs a call.)"""
-    return -(-whole // each)
-
-
-def power_of_2(number: int) -> int:
-    """The least power of 2 that is no less."""
-    return 1 << (number - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True)

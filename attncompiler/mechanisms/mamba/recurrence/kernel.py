@@ -8,11 +8,10 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from attncompiler.blocks.gpu import Device, device_of
+from attncompiler.blocks.gpu import Device, device_of, parts, power_of_2
 from attncompiler.blocks.launching.launcher import Launcher, known_by
 from attncompiler.blocks.segments import run_numbers
 from attncompiler.mechanisms.mamba.cost import CHUNK, MANY, ROWS
@@ -60,7 +59,7 @@ def layout_for(device: Device, N: int) -> Layout:
     channel, a block has fewer channels than threads, and what tokens have once for a channel lies in several threads:
     of more than two channels the backward has no registers for that.
     """
-    wide = triton.next_power_of_2(N)
+    wide = power_of_2(N)
     NI = min(4, wide)
     LN = max(1, min(WARP, wide // NI))
     NO = wide // (NI * LN)
@@ -95,26 +94,26 @@ def forward_groups(device: Device, blocks: int, T: int) -> Groups:
         return _cut(T, 12, 2)
     if blocks >= ENOUGH * device.multiprocessors:
         return _cut(T, T, ROWS)
-    return _cut(T, max(LEAST, triton.cdiv(T, max(1, WANTED * device.multiprocessors // blocks))), ROWS)
+    return _cut(T, max(LEAST, parts(T, max(1, WANTED * device.multiprocessors // blocks))), ROWS)
 
 
 def blocks_together(device: Device, blocks: int, T: int) -> int:
     """Blocks that a program of the backward takes, where all sequences have `blocks`: fewer where that leaves few."""
     if device.interpreted:
         return FEW
-    return max(1, min(MANY, blocks * triton.cdiv(T, CHUNK) // (RESIDENT * device.multiprocessors)))
+    return max(1, min(MANY, blocks * parts(T, CHUNK) // (RESIDENT * device.multiprocessors)))
 
 
 def backward_groups(device: Device, slots: int, T: int) -> Groups:
     """How it is cut where `slots` programs take all channels: into as many groups as are resident together."""
     if device.interpreted:
         return _cut(T, 16, 8)
-    return _cut(T, triton.cdiv(T, max(1, RESIDENT * device.multiprocessors // slots)), CHUNK)
+    return _cut(T, parts(T, max(1, RESIDENT * device.multiprocessors // slots)), CHUNK)
 
 
 def _cut(T: int, tokens: int, chunk: int) -> Groups:
-    tokens = triton.cdiv(min(tokens, T), chunk) * chunk
-    return Groups(triton.cdiv(T, tokens), tokens, chunk)
+    tokens = parts(min(tokens, T), chunk) * chunk
+    return Groups(parts(T, tokens), tokens, chunk)
 
 
 READ, SWEEP, CARRY, BACKWARD = (
@@ -160,7 +159,7 @@ class Call:
     @property
     def blocks(self) -> int:
         """Of one sequence: no block has channels of two groups."""
-        return self.G * triton.cdiv(self.E // self.G, self.layout.channels)
+        return self.G * parts(self.E // self.G, self.layout.channels)
 
     def wide(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.inputs["u"].device)
@@ -181,7 +180,7 @@ class Call:
     ) -> None:
         """Turn what groups add into the states behind them, or in reverse before them."""
         CARRY(
-            (self.B, triton.cdiv(self.E * self.N, CARRIED)),
+            (self.B, parts(self.E * self.N, CARRIED)),
             (self.known, known_by(initial), reverse),
             *(self.scan, states, lengths, initial, self.T, count, groups.tokens),
             *(self.E, self.N, reverse, CARRIED, TOGETHER),
@@ -234,7 +233,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     dout = grads["out"] if "out" in grads else torch.zeros_like(inputs["u"])
     final = grads["final_state"].contiguous() if "final_state" in grads else None
     many = blocks_together(call.device, B * call.blocks, T)
-    slots = triton.cdiv(call.blocks // G, many)
+    slots = parts(call.blocks // G, many)
     groups = backward_groups(call.device, B * G * slots, T)
     count = groups.count
 
@@ -251,7 +250,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
 
     like: Mapping[str, Any] = {"memory_format": torch.contiguous_format}
     found = {name: torch.empty_like(inputs[name], **like) for name in ("u", "dt", "z") if name in inputs}
-    parts = {name: call.wide(slots, B, T, G, N) for name in ("b", "c")}
+    shares = {name: call.wide(slots, B, T, G, N) for name in ("b", "c")}
     sums = {"a": call.wide(B, count, E, N) if back is None else back}
     sums |= {name: call.wide(B, count, E) for name in ("d", "dt_bias") if name in inputs}
     if call.initial is not None:
@@ -263,12 +262,12 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
         (call.known, known_by(dout, final), count > 1),
         *(*call.operands, call.scan, rows(dout), Around(call.initial, states, inner, upto, final, back)),
         Grads(
-            *(found["u"], found["dt"], found.get("z"), parts["b"], parts["c"]),
+            *(found["u"], found["dt"], found.get("z"), shares["b"], shares["c"]),
             *(sums["a"], sums.get("d"), sums.get("dt_bias"), found.get("initial_state")),
         ),
         *(scratch, B, T, count, groups.tokens, groups.chunk, many, 1, 0.0, *call.constants),
         num_warps=1,
     )
-    found |= {name: part.sum(0).to(inputs[name].dtype) for name, part in parts.items()}
+    found |= {name: part.sum(0).to(inputs[name].dtype) for name, part in shares.items()}
     found |= {name: each.sum((0, 1)) for name, each in sums.items()}
     return found
