@@ -1,7 +1,8 @@
 """Reads the machine code of compiled kernels: what an assembler got wrong shows there, and on a GPU only by chance.
 
 ptxas 12.8 sometimes moves the arithmetic of a matrix product's descriptor to where its base is not yet known. The
-product then reads whatever the register held: wrong numbers, or an illegal access, or nothing at all to notice.
+product then reads whatever the register held: wrong numbers, or an illegal access, or nothing at all to notice. In the
+uniform registers that register is one nothing has written; in a thread's own, the stack's, R1, stands for it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ TARGET = re.compile(r"`\((\.L_\S+?)\)")
 UNIFORM = re.compile(r"\bUR(\d+)\b")
 WRITERS = re.compile(r"U|R2UR|S2UR|CS2UR|C?REDUX|VOTEU|LDCU|ELECT")
 """Instructions whose first operand is a uniform register that they write."""
+STACK = re.compile(r"[-~!|]*R1\b[^\[\]]*")
+"""The register of the stack's address as a number, and not inside an address."""
 DESCRIPTOR = 4
 """Uniform registers that name the two operands of a matrix product; the first two are idle where a thread holds the
 left one. From Blackwell on each operand has a descriptor of 64 bits of its own (PTX ISA, tcgen05.mma)."""
@@ -61,9 +64,17 @@ class Instruction:
                     read.update(range(register, register + 1 + wide))
         return frozenset(read)
 
+    @property
+    def counts_with_the_stack(self) -> bool:
+        """Whether it makes of the stack's address what is not the stack's address: nobody asked for that."""
+        first = self.operands[:1] if self.name.startswith("ST") else ()
+        moves = self.operands[:1] == ("R1",)
+        return not moves and any(STACK.fullmatch(operand) for operand in (*first, *self.operands[1:]))
+
 
 def unset_reads(cubin: bytes) -> list[str]:
-    """The instructions that read a uniform register which, on some way to them, no instruction has written."""
+    """The instructions that read a uniform register which, on some way to them, no instruction has written, or count
+    with the stack's address in the place of a value that there is not yet."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -98,7 +109,7 @@ def unset_reads_of(text: str) -> list[str]:
             number += 1
     # to copy what nothing has set does no harm: where the copy is read it is found
     used = [(one, have) for one, have in zip(code, known, strict=True) if have is not None and one.name != "UMOV"]
-    return [str(one) for one, have in used if one.reads - have]
+    return [str(one) for one, have in used if one.reads - have or one.counts_with_the_stack]
 
 
 def _parsed(text: str) -> tuple[list[Instruction], dict[str, int]]:

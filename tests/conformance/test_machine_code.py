@@ -32,6 +32,16 @@ SET = ("S2UR UR4, SR_CgaCtaId", "ULDC.64 UR6, c[0x0][0x218]")
         pytest.param(("CREDUX.MAX.S32 UR9, R27", "MOV R1, UR9"), id="a reduction"),
         pytest.param(("UMOV UR5, UR4",), id="a copy that nobody reads"),
         pytest.param(
+            (
+                "LDC R1, c[0x0][0x28]",
+                "IADD3 R1, R1, -0x28, RZ",
+                "STL [R1+0x14], R8",
+                "LDL R8, [R1]",
+                "IADD3 R11, R10, RZ",
+            ),
+            id="a stack",
+        ),
+        pytest.param(
             ("@P0 BRA `(.L_x_0)", "UMOV UR4, 0x1", "EXIT", ".L_x_0:", "UMOV UR4, 0x2", "MOV R1, UR4"), id="ways"
         ),
         pytest.param(("UMOV UR4, 0x1", ".L_x_1:", "MOV R1, UR4", "@P0 BRA `(.L_x_1)", "EXIT"), id="a loop"),
@@ -54,6 +64,8 @@ def test_what_is_set_is_not_found(lines: tuple[str, ...]) -> None:
         pytest.param(("UMOV UR5, 0x1", "UMOV UR5, UR4", "MOV R1, UR5"), "MOV R1", id="a copy that is read"),
         pytest.param(("@P0 BRA `(.L_x_0)", "UMOV UR4, 0x1", ".L_x_0:", "MOV R1, UR4"), "MOV R1", id="one of two ways"),
         pytest.param(("BRA `(.L_x_0)", ".L_x_1:", "MOV R1, UR4", "EXIT", ".L_x_0:", "BRA `(.L_x_1)"), "MOV", id="far"),
+        pytest.param(("LDC R1, c[0x0][0x28]", "IADD3 R13, P1, R1, 0x20, RZ"), "IADD3 R13", id="the stack for a base"),
+        pytest.param(("IADD3.X R8, R2, -R1.reuse, RZ, P1, !PT",), "IADD3.X", id="the stack in a long sum"),
     ],
 )
 def test_what_is_not_set_is_found(lines: tuple[str, ...], found: str) -> None:

@@ -101,18 +101,12 @@ def relations(policy: LinearAttentionPolicy, model: Any) -> Iterator[Fault]:
 
 
 GPU = ("triton", "fla", "chunkwise", "eager", "host")
-DECAYED = ("fla", "chunkwise", "triton", "eager", "host")
-"""On an H100 a bf16 call with decays (8 × 2048 tokens, 16 heads of 128) ended in an illegal memory access, by tiles of
-eight warps that are not chosen there any more; what reads where it must not is not known. Until those that are chosen
-have run at such lengths, what plain torch computes goes first."""
 CPU = ("chunkwise", "eager")
 
 
 def order(device_type: str, features: Mapping[str, Value]) -> tuple[str, ...]:
     """Best first."""
-    if device_type == "cpu":
-        return CPU
-    return DECAYED if features.get("decay") else GPU
+    return CPU if device_type == "cpu" else GPU
 
 
 OFFERED: Mapping[str, OneOf | AtMost | None] = {

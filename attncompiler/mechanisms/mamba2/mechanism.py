@@ -104,8 +104,7 @@ def relations(policy: Mamba2Policy, model: Any) -> Iterator[Fault]:
         yield Fault(("norm_before_gate",), "norm_before_gate needs the norm: rms_norm is false", "E105")
 
 
-GPU = ("mamba_ssm", "chunkwise", "triton", "eager", "host")
-"""`triton` shares its passes with linear attention's under a decay, of which see there: it goes first no sooner."""
+GPU = ("mamba_ssm", "triton", "chunkwise", "eager", "host")
 CPU = ("chunkwise", "eager")
 
 
