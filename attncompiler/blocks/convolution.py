@@ -1,18 +1,21 @@
 """Depthwise causal convolution along the sequence, channels last, with its activation.
 
-It is an operator of its own (`attncompiler::causal_conv1d`), since on a CPU the taps are several times faster block by
-block, each block's rows staying in the cache, than as passes over the whole sequence.
+It is an operator of its own (`attncompiler::causal_conv1d`). On a GPU it is compiled by Triton (`streaming/`); on a CPU
+the taps are several times faster block by block, each block's rows staying in the cache, than as passes over the whole
+sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attncompiler.blocks.gpu import takes_triton
 from attncompiler.blocks.segments import run_numbers
 from attncompiler.blocks.tangents import refuse_tangents
 
@@ -48,10 +51,7 @@ class CausalConv1d(nn.Module):
         runs = None if segment_ids is None else run_numbers(segment_ids, mask)
         if state is not None:
             return self._step(x, mask, runs, state["conv"])
-        if mask is None:
-            return causal_conv1d(x, self.weight, self.bias, runs), None
-        padding = ~mask[..., None]
-        return causal_conv1d(x.masked_fill(padding, 0), self.weight, self.bias, runs).masked_fill(padding, 0), None
+        return causal_conv1d(x, self.weight, self.bias, runs, mask), None
 
     def _step(self, x: Tensor, mask: Tensor | None, runs: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
         """Real tokens follow the state, and padding follows them: so every tap finds the token it means."""
@@ -61,17 +61,19 @@ class CausalConv1d(nn.Module):
             order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
             x = x.masked_fill(~mask[..., None], 0).gather(1, order[..., None].expand_as(x))
             runs = None if runs is None else runs.gather(1, order)
-        joined = torch.cat([state.transpose(1, 2).to(x.dtype), x], 1)
-        runs = None if runs is None else F.pad(runs, (before, 0))
-        y = causal_conv1d(joined, self.weight, self.bias, runs)[:, before:]
-        last = joined[:, x.shape[1] :]
+        y = causal_conv1d(x, self.weight, self.bias, runs, None, state)
+        # the last rows of the state and of what may follow it
+        follows = x[:, max(0, x.shape[1] - before) :] if mask is None else x
+        joined = torch.cat([state.transpose(1, 2).to(x.dtype), follows], 1)
+        last = joined[:, follows.shape[1] :]
+        runs = None if runs is None else F.pad(runs, (before, 0))[:, x.shape[1] - follows.shape[1] :]
         if mask is not None and order is not None:
             y = y.gather(1, order.argsort(1)[..., None].expand_as(y)).masked_fill(~mask[..., None], 0)
             index = mask.sum(1, keepdim=True) + torch.arange(before, device=x.device)
             last = joined.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
             runs = None if runs is None else F.pad(runs.gather(1, index), (x.shape[1], 0))
         if runs is not None:
-            ended = runs[:, x.shape[1] :]
+            ended = runs[:, follows.shape[1] :]
             last = last.masked_fill((ended != ended[:, -1:])[..., None], 0)
         # in memory of its own: a view would hold all tokens of the step
         return y, last.transpose(1, 2).to(state.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -86,26 +88,126 @@ class CausalConv1d(nn.Module):
         return f"{self.weight.shape[0]}, width={self.weight.shape[-1]}, bias={self.bias is not None}, silu"
 
 
+STREAMING = "attncompiler.blocks.streaming.convolution"
+"""imported where it runs, since Triton may not be installed"""
+WIDEST = 8
+"""taps at most that it holds in registers"""
+
+
+def streams(x: Tensor, weight: Tensor) -> bool:
+    """Whether Triton's form is the one that runs."""
+    return weight.shape[-1] <= WIDEST and takes_triton(x, weight)
+
+
 @torch.library.custom_op("attncompiler::causal_conv1d", mutates_args=())
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor | None) -> Tensor:
-    """x (B, T, E), weight (E, 1, W), bias (E,), runs (B, T) rising where segments begin → silu of the sums, as x."""
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    runs: Tensor | None,
+    real: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """x (B, T, E), weight (E, 1, W), bias (E,), runs (B, T) rising from 0 where segments begin → silu of the sums.
+
+    Tokens that `real` (B, T) bool says are none read as 0 and give 0. `before` (B, E, W−1) are the inputs of the tokens
+    before the first, which are of the run 0.
+    """
+    if streams(x, weight):
+        return import_module(STREAMING).forward(x, weight, bias, runs, real, before)
+    x, runs, kept = _joined(x, runs, real, before)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     taps = _taps(x, weight)
     for start, stop, rows in _blocks(x, weight):
         y[:, start:stop] = F.silu(_sums(rows, start, stop, taps, bias, runs))
-    return y
+    if real is not None:
+        y[:, kept:].masked_fill_(~real[..., None], 0)
+    return y[:, kept:].contiguous()
 
 
 @causal_conv1d.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor | None) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    runs: Tensor | None,
+    real: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("attncompiler::causal_conv1d_backward", mutates_args=())
 def causal_conv1d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    runs: Tensor | None,
+    real: Tensor | None,
+    before: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias and before (without one: of the bias that is not there, and of no state)."""
+    if streams(x, weight):
+        found = import_module(STREAMING).backward(grad, x, weight, bias, runs, real, before)
+        return *found[:3], x.new_empty(0) if found[3] is None else found[3]
+    if real is not None:
+        grad = grad.masked_fill(~real[..., None], 0)
+    x, runs, kept = _joined(x, runs, real, before)
+    grad = F.pad(grad, (0, 0, kept, 0)) if kept else grad
+    d_x, d_weight, d_bias = _gradients(grad, x, weight, bias, runs)
+    if real is not None:
+        d_x[:, kept:].masked_fill_(~real[..., None], 0)
+    if before is None:
+        return d_x, d_weight, d_bias, d_x.new_empty(0)
+    d_before = d_x[:, :kept].mT.to(before.dtype, copy=True, memory_format=torch.contiguous_format)
+    return d_x[:, kept:].clone(memory_format=torch.contiguous_format), d_weight, d_bias, d_before
+
+
+@causal_conv1d_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    runs: Tensor | None,
+    real: Tensor | None,
+    before: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_bias = weight.new_empty(weight.shape[0]) if bias is None else bias.new_empty(bias.shape)
+    d_before = x.new_empty(0) if before is None else before.new_empty(before.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), d_bias, d_before
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, runs, real, before = ctx.saved_tensors
+    d_x, d_weight, d_bias, d_before = causal_conv1d_backward(grad, x, weight, bias, runs, real, before)
+    return d_x, d_weight, None if bias is None else d_bias, None, None, None if before is None else d_before
+
+
+causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _joined(
+    x: Tensor, runs: Tensor | None, real: Tensor | None, before: Tensor | None
+) -> tuple[Tensor, Tensor | None, int]:
+    """x, with 0 for padding, and runs behind what comes before them, and how many rows that is."""
+    if real is not None:
+        x = x.masked_fill(~real[..., None], 0)
+    if before is None:
+        return x, runs, 0
+    kept = before.shape[-1]
+    return torch.cat([before.mT.to(x.dtype), x], 1), None if runs is None else F.pad(runs, (kept, 0)), kept
+
+
+def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias (without one: of the bias that is not there)."""
+    """Of x, weight and bias, in torch."""
     taps = _taps(x, weight)
     W, E = taps.shape
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -133,27 +235,6 @@ def causal_conv1d_backward(
         onward = passed
     d_weight = d_taps.T[:, None].to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
     return d_x, d_weight, d_bias.to(weight.dtype if bias is None else bias.dtype, copy=True)
-
-
-@causal_conv1d_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, runs: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_bias = weight.new_empty(weight.shape[0]) if bias is None else bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), d_bias
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, runs = ctx.saved_tensors
-    d_x, d_weight, d_bias = causal_conv1d_backward(grad, x, weight, bias, runs)
-    return d_x, d_weight, None if bias is None else d_bias, None
-
-
-causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _taps(x: Tensor, weight: Tensor) -> Tensor:

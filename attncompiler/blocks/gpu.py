@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
+
+from attncompiler.mechanisms.base import needs_of_triton
+from attncompiler.targets.detect import detect_environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,23 @@ def device_of(device: torch.device) -> Device:
     seen = torch.cuda.get_device_properties(device)
     shared_memory = seen.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Device(shared_memory, seen.multi_processor_count, (seen.major, seen.minor))
+
+
+def takes_triton(*tensors: Tensor) -> bool:
+    """Whether what Triton compiles runs where the first of these tensors is, and takes the dtypes of all."""
+    return _compiles(tensors[0].device) and all(tensor.dtype in _DTYPES for tensor in tensors)
+
+
+_NEEDS = needs_of_triton({})
+_DTYPES = frozenset(getattr(torch, name) for name in _NEEDS.dtypes)
+
+
+@cache
+def _compiles(device: torch.device) -> bool:
+    if device.type not in _NEEDS.device_types or torch.version.hip is not None:
+        return False
+    installed = all(package in detect_environment().packages for package in _NEEDS.packages)
+    return installed and device_of(device).capability >= (_NEEDS.min_compute_capability or (0, 0))
 
 
 def parts(whole: int, each: int) -> int:

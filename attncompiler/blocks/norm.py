@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from attncompiler.blocks.inference import differentiable
+from attncompiler.blocks.gpu import takes_triton
+from attncompiler.blocks.inference import differentiable, plain
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -16,10 +19,61 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Keeps x and one number a row for its backward, and takes half the passes over memory that autograd would.
     """
+    normed: Tensor
+    if _streams(x.shape[-1] <= WIDEST, x, weight):
+        normed = differentiable(_Streaming, x, None, weight, eps, 1, False)
+        return normed
+    return _rms_norm(x, weight, eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same in torch."""
     if not torch.is_grad_enabled() and x.dtype == weight.dtype == torch.promote_types(x.dtype, torch.float32):
         return F.rms_norm(x, x.shape[-1:], weight, eps)  # as fast on many rows, and with less around it on few
     normed: Tensor = differentiable(_RMSNorm, x, weight, eps)
     return normed
+
+
+STREAMING = "attncompiler.blocks.streaming.norm"
+"""imported where it runs, since Triton may not be installed"""
+WIDEST, WIDEST_GATED = 16384, 8192
+"""numbers at most that a program holds of a row in registers, where there is no gate and where there is"""
+
+
+def _streams(fits: bool, *tensors: Tensor) -> bool:
+    """Whether Triton's form is the one that runs, where it has registers for a row.
+
+    A compiler has torch's instead, to fuse it with what is around it; and torch's alone carries tangents on.
+    """
+    if torch.compiler.is_compiling() or not fits:  # first: compilers cannot follow the rest
+        return False
+    return takes_triton(*tensors) and plain(tensors) and forward_ad._current_level < 0
+
+
+class _Streaming(torch.autograd.Function):
+    """The norm with a gate or without, as Triton compiles it. Keeps its inputs and one number a row and group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int, first: bool
+    ) -> Tensor:
+        out, scales = import_module(STREAMING).forward(x, gate, weight, eps, groups, first)
+        ctx.save_for_backward(x, gate, weight, scales)
+        ctx.options = eps, groups, first
+        normed: Tensor = out
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, weight, scales = ctx.saved_tensors
+        eps, groups, first = ctx.options
+        if torch.is_grad_enabled():  # for a second derivative: torch's form has one
+            again = _rms_norm(x, weight, eps) if gate is None else _gated(x, gate, weight, eps, groups, first)
+            wanted = {n: each for n, each in enumerate((x, gate, weight)) if ctx.needs_input_grad[n]}
+            grads = torch.autograd.grad(again, list(wanted.values()), grad, create_graph=True)
+            found = dict(zip(wanted, grads, strict=True))
+            return found.get(0), found.get(1), found.get(2), None, None, None
+        return *import_module(STREAMING).backward(grad, x, gate, weight, scales, groups, first), None, None, None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -86,17 +140,11 @@ class GatedRMSNorm(nn.Module):
         self.eps, self.norm_before_gate, self.groups = eps, norm_before_gate, groups
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        opened = F.silu(gate.to(wide))
-        if self.norm_before_gate:
-            return (self._normed(x.to(wide)) * opened).to(x.dtype)
-        return self._normed(x.to(wide) * opened).to(x.dtype)
-
-    def _normed(self, x: Tensor) -> Tensor:
-        if self.groups == 1:
-            return rms_norm(x, self.weight, self.eps)
-        parts = x.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * self.weight
+        options = self.eps, self.groups, self.norm_before_gate
+        if _streams(x.shape[-1] <= WIDEST_GATED * self.groups, x, gate, self.weight):
+            normed: Tensor = differentiable(_Streaming, x, gate, self.weight, *options)
+            return normed
+        return _gated(x, gate, self.weight, *options)
 
     def initial_value(self, name: str, generator: torch.Generator) -> Tensor:
         return torch.ones(self.weight.shape)
@@ -104,6 +152,22 @@ class GatedRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         order = ", norm before gate" if self.norm_before_gate else ""
         return f"{self.weight.shape[0]}, eps={self.eps}, groups={self.groups}{order}"
+
+
+def _gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float, groups: int, first: bool) -> Tensor:
+    """The same in torch; `first` says that the norm comes before the gate."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    opened = F.silu(gate.to(wide))
+    if first:
+        return (_normed(x.to(wide), weight, eps, groups) * opened).to(x.dtype)
+    return _normed(x.to(wide) * opened, weight, eps, groups).to(x.dtype)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
+    if groups == 1:
+        return _rms_norm(x, weight, eps)
+    parts = x.unflatten(-1, (groups, -1))
+    return F.rms_norm(parts, parts.shape[-1:], None, eps).flatten(-2) * weight
 
 
 class LayerNorm(nn.Module):
