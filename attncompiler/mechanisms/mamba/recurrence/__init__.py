@@ -9,7 +9,8 @@ Backward, with dy[t] the gradient of y[t] and g[t] that of h[t], which is met fr
     dB[t] = Σ_e Δ[t]·u[t]·g[t],   dC[t] = Σ_e dy[t]·h[t]
 
 `tokens.py` says how tokens lie among a warp's threads, `passes.py` is the forward and what finds states, `reverse.py`
-the backward, `kernel.py` launches them.
+the backward, `kernel.py` launches them. One token of every sequence, as in decoding, has a kernel of its own in
+`step.py`.
 
 For each token and channel of a row of N = 16 in bf16 the forward moves 8 bytes (u, dt, z and out) and takes 16
 exponentials, beside 3 of the channel; where it is cut into groups, the sweep before it reads u and dt once more and

@@ -18,6 +18,7 @@ from attncompiler.mechanisms.mamba.cost import CHUNK, MANY, ROWS
 from attncompiler.mechanisms.mamba.op import MambaOptions
 from attncompiler.mechanisms.mamba.recurrence.passes import carry_kernel, read_kernel, sweep_kernel
 from attncompiler.mechanisms.mamba.recurrence.reverse import Around, Grads, backward_kernel
+from attncompiler.mechanisms.mamba.recurrence.step import step
 from attncompiler.mechanisms.mamba.recurrence.tokens import Rows, Scan, Shared
 from attncompiler.runtime.implementation import Tensors
 
@@ -207,6 +208,8 @@ def shared(tensor: Tensor) -> Shared:
 
 def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
     """out (B, T, E) in u's dtype and final_state (B, E, N) in fp32."""
+    if inputs["u"].shape[1] == 1:
+        return step(inputs, options)
     call = Call(inputs, options)
     B, T, E, N = call.B, call.T, call.E, call.N
     groups = forward_groups(call.device, B * call.blocks, T)

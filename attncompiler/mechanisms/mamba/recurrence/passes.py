@@ -10,16 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attncompiler.blocks.recurrence.gates import empty, sigmoid
 from attncompiler.mechanisms.mamba.recurrence.tokens import (
     channels,
-    empty,
     keep_states,
     of_channels,
     of_rows,
     of_shared,
     over_states,
     run_of,
-    sigmoid,
     spread,
     states_of,
     stepped,

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from attncompiler.blocks.recurrence.gates import empty, sigmoid
 from attncompiler.mechanisms.mamba.recurrence.tokens import (
     LN2,
     channel,
     channels,
-    empty,
     keep_states,
     of_channels,
     of_rows,
@@ -25,7 +25,6 @@ from attncompiler.mechanisms.mamba.recurrence.tokens import (
     over_channels,
     over_states,
     run_of,
-    sigmoid,
     spread,
     states_of,
     stepped,

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from attncompiler.blocks.recurrence.gates import empty, softplus
+
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -56,39 +57,6 @@ class Scan(NamedTuple):
     """(B, T) int32: the number of the document a token is of, from 0"""
     real: Any
     """(B, T) uint8: 0 on padding"""
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp x), and exp(−|x|).
-
-    log(1 + e) is e times a polynomial, for e from 0 to 1 within 1.5e-7 of itself however small e is: fitted by
-    Lawson's iteration. A GPU's own logarithm is no nearer than that to the logarithm of numbers near 1.
-    """
-    e = tl.exp2(tl.abs(x) * (-LOG2E))
-    p = 0.005232687910573227
-    p = p * e - 0.02950521331674659
-    p = p * e + 0.07822591041755883
-    p = p * e - 0.13663242277822915
-    p = p * e + 0.1910600510712983
-    p = p * e - 0.24842981791146335
-    p = p * e + 0.3331909675446348
-    p = p * e - 0.49999493137933254
-    p = p * e + 0.9999999698793604
-    return tl.where(x > 0, x, 0.0) + e * p, e
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(−x)), by no power of a large number; of 2, which flushes to 0 what takes four instructions more."""
-    small = tl.exp2(tl.abs(x) * (-LOG2E))
-    return tl.where(x < 0, small, 1.0) / (1 + small)
-
-
-@triton.jit
-def empty():
-    """No tokens yet, to which their numbers are added one after the other."""
-    return ()
 
 
 @triton.jit
