@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,19 +13,18 @@ from attncompiler.blocks.gpu import Device, device_of, parts, power_of_2
 from attncompiler.blocks.launching.launcher import Launcher, known_by
 from attncompiler.blocks.recurrence.passes import (
     Added,
-    Factors,
     Operand,
     Result,
     Skip,
     carry_kernel,
+    divided_kernel,
     features_kernel,
     pass_kernel,
-    products_kernel,
 )
 from attncompiler.blocks.recurrence.weights import Times, sums_kernel
 
-Map = Literal["none", "elu", "relu"]
-"""A feature map, of which that of all numbers to themselves is none."""
+Map = Literal["none", "elu", "relu", "exp"]
+"""A feature map, of which that of all numbers to themselves is none; of exponentials the slope alone is known here."""
 WIDEST = 256
 """numbers of a row or column at most: they are multiplied in one piece"""
 
@@ -170,9 +168,10 @@ def tiles_for(device: Device, dtype: torch.dtype, K: int, W: int) -> Tiles:
     return tiles
 
 
-MOST_CHUNKS, FEWEST_CHUNKS, WAVES, ENOUGH = 64, 8, 3, 1.5
+MOST_CHUNKS, FEWEST_CHUNKS, WAVES, ENOUGH = 64, 8, 4, 1.5
 """Chunks of a group: at most, since a program goes through them one after the other; at least, since a state between
-two groups is written and read; and programs for each multiprocessor that are enough."""
+two groups is written and read; programs for each multiprocessor at most, which are two at a time there; and those that
+are enough without groups."""
 
 
 PASSING_TOKENS, MOST_PASSING = {True: 64, False: 32}, {2: 1024, 4: 256}
@@ -192,7 +191,7 @@ def groups_for(device: Device, programs: int, T: int, tiles: Tiles, most: int | 
     if device.interpreted:  # short sequences have several groups too
         return Groups(parts(chunks, 2), 2, tiles.tokens)
     enough = programs >= ENOUGH * device.multiprocessors  # a state between two groups costs a pass of its own
-    wanted = 1 if enough else max(1, math.ceil(WAVES * device.multiprocessors / programs))
+    wanted = 1 if enough else max(1, WAVES * device.multiprocessors // programs)
     most = most or (chunks if enough else MOST_CHUNKS)
     each = min(chunks, most, max(FEWEST_CHUNKS, parts(chunks, wanted)))
     return Groups(parts(chunks, each), each, tiles.tokens)
@@ -210,22 +209,10 @@ def precision(dtype: torch.dtype) -> str:
 
 
 PASS, CARRY = Launcher(pass_kernel), Launcher(carry_kernel)
-FEATURES, PRODUCTS, SUMS = Launcher(features_kernel), Launcher(products_kernel), Launcher(sums_kernel)
-NOTHING_ADDED, NO_FACTORS = Added(None, None), Factors(None, None)
+FEATURES, DIVIDED, SUMS = Launcher(features_kernel), Launcher(divided_kernel), Launcher(sums_kernel)
+NOTHING_ADDED = Added(None, None)
 NOWHERE = Operand(None, 0, 0, 0, 1)
 """No operand. It is no field of another tuple: Triton 3.6 forgets which fields of those are None."""
-
-
-def together_for(device: Device, summed: int, programs: int) -> int:
-    """How many of so many heads, whose `out` is summed, a program takes one after the other, with programs for all."""
-    if device.interpreted:
-        return 2 - summed % 2
-    most = programs // (SUMMING * device.multiprocessors)
-    return max(count for count in range(1, summed + 1) if summed % count == 0 and count <= max(1, most))
-
-
-SUMMING = 4
-"""programs for each multiprocessor at least, where they take several heads"""
 
 
 def run(
@@ -238,32 +225,33 @@ def run(
     reverse: bool = False,
     extra: Literal["none", "total", "added"] = "none",
     added: Added = NOTHING_ADDED,
-    factors: Factors = NO_FACTORS,
+    scales: Tensor | None = None,
     normalize: bool = False,
     eps: float = 0.0,
     scale: float = 1.0,
     slope: Map = "none",
     raw: Side | None = None,
     factor: Tensor | None = None,
-    dots: Literal["none", "passing", "all"] = "none",
+    levels: Tensor | None = None,
+    dots: bool = False,
     skip: Tensor | None = None,
     z: Side | None = None,
     most_tokens: int | None = None,
     initial: Tensor | None = None,
     final: bool = False,
-    summed: int = 1,
     dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Found:
     """One pass over all tokens: out (B, T, H, W) of x (B, T, H, K), y (…, K) and u (…, W), as the package says.
 
-    `factors` are what the tokens of x are multiplied by, and those of y. `extra` is one width more: "total", of u, by
+    `scales` (B, H, T), fp32, are what the tokens of y are multiplied by. `extra` is one width more: "total", of u, by
     numbers 1; or "added", of x and y, by `added`. `raw` (B, T, H, W) are features, whose map's `slope` is multiplied
-    onto out, and whose products are `dots`: with out, or with what is needed for the gradient of decays.
+    onto out, and whose products with what the gradient of decays is made of are `dots`.
     Then out is multiplied by `factor` (B, H, T), fp32; `skip` (H, W), fp32, times u is added to it; and silu of `z`
     (B, T, H, W) multiplied onto it. `most_tokens` bounds a chunk, as far as its tiles can be so small.
+    With `levels` (B, H, T), fp32, sums are multiples of exp(levels): normalised, `eps` and `total`, the divisor, are
+    logarithms; else out is multiplied by exp(levels).
     `initial` (B, H, M) is the state that the first token met sees, M being K·W and the width of `extra`'s sums.
-    Of so many heads beside each other as `summed`, `out` is summed in parts: (B, T, parts, W) in fp32.
     Products are of numbers as good as `dtype`'s, which is u's unless another is said, and so is out.
     """
     B, T = x.tensor.shape[:2]
@@ -272,21 +260,19 @@ def run(
     M = K * W + {"none": 0, "total": K, "added": W}[extra]
     facts = device_of(device)
     tiles = tiles_for(facts, dtype, K, W)
-    if dots == "passing":
+    if dots:
         passing = passing_tokens(facts, dtype, K)
         most_tokens = min(most_tokens or passing, passing)
     if most_tokens is not None:
         tiles = replace(tiles, tokens=min(tiles.tokens, max(LEAST_TOKENS, 1 << (most_tokens.bit_length() - 1))))
     blocks = parts(W, tiles.width)
-    most = MOST_PASSING[dtype.itemsize] // tiles.tokens if dots == "passing" else None
+    most = MOST_PASSING[dtype.itemsize] // tiles.tokens if dots else None
     groups = groups_for(facts, B * H * blocks, T, tiles, most)
-    together = together_for(facts, summed, B * H * groups.count * blocks)
-    out_dtype = torch.float32 if together > 1 else out_dtype or dtype
-    out = torch.empty(B, T, H // together, W, dtype=out_dtype, device=device)
+    out = torch.empty(B, T, H, W, dtype=out_dtype or dtype, device=device)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": device}
     total = torch.empty(B, T, H, **wide) if extra == "total" else None
-    kinds = 1 if dots == "passing" and reverse else 2
-    products = torch.empty(kinds, blocks, B, H, T, **wide) if dots != "none" else None
+    kinds = 1 if reverse else 2
+    products = torch.empty(kinds, blocks, B, H, T, **wide) if dots else None
     behind = torch.empty(B, H, M, **wide) if final else None
     between = states = None
     source = (raw or Side(out)).argument()
@@ -294,25 +280,14 @@ def run(
     skipped = Skip(None, 0, 0) if skip is None else Skip(skip, *skip.stride())
     whole = order.real is None and T % tiles.tokens == 0
     constants = (
-        *(slope, extra, normalize, reverse, order.strict, dots == "passing"),
-        *(
-            together > 1,
-            whole,
-            tiles.tokens,
-            K,
-            W,
-            M,
-            max(16, power_of_2(K)),
-            tiles.width,
-            DTYPES[dtype],
-            precision(dtype),
-        ),
+        *(slope, extra, normalize, reverse, order.strict, whole, tiles.tokens, K, W, M),
+        *(max(16, power_of_2(K)), tiles.width, DTYPES[dtype], precision(dtype)),
     )
     times = order.argument(tiles.tokens)
-    given = (x.tensor, y.tensor, u.tensor, source.ptr, gate.ptr, *added, *factors, *times)
+    given = (x.tensor, y.tensor, u.tensor, source.ptr, gate.ptr, levels, *added, scales, *times)
     shares = x.share, y.share, u.share, source.share
     known = known_by(*given, skip, factor, initial), shares, constants, dots, tiles, out.dtype
-    sides = (x.argument(), y.argument(), u.argument(), source, gate, added, factors, times, skipped)
+    sides = (x.argument(), y.argument(), u.argument(), source, gate, added, scales, times, skipped)
     shapes = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     chunks = groups.count * groups.chunks if reverse else parts(T, tiles.tokens)
     if groups.count > 1:
@@ -321,18 +296,18 @@ def run(
         PASS(
             (B * H * (groups.count - 1) * blocks,),
             (known, "states"),
-            *(*sides, None, between, kept, Result(out, None, None, None, None)),
-            *(T, H, B * H * T, 1, groups.count - 1, groups.chunks, chunks, eps, scale),
+            *(*sides, None, between, kept, Result(out, None, None, None, None, None)),
+            *(T, H, B * H * T, groups.count - 1, groups.chunks, chunks, eps, scale),
             *(False, *constants),
             **shapes,
         )
         CARRY((B * H, parts(M, 1024)), known, between, kept, initial, groups.count - 1, M, 1024)
         states = between
     PASS(
-        (B * H // together * groups.count * blocks,),
+        (B * H * groups.count * blocks,),
         (known, "rows", states is None, behind is None),
-        *(*sides, initial, states, None, Result(out, total, products, factor, behind)),
-        *(T, H, B * H * T, together, groups.count, groups.chunks, chunks, eps, scale),
+        *(*sides, initial, states, None, Result(out, total, products, factor, levels, behind)),
+        *(T, H, B * H * T, groups.count, groups.chunks, chunks, eps, scale),
         *(True, *constants),
         **shapes,
     )
@@ -360,32 +335,30 @@ def features(q: Tensor, k: Tensor, map: Map) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def products(x: Tensor, y: Tensor, real: Tensor | None = None) -> Tensor:
-    """x·y of each token and head, (B, H, T) in fp32, of x and y (B, T, H, W); 0 where `real` (B, T) is not."""
-    return _products(x, y, None, 1.0, real, None)
-
-
 def divided(
-    dout: Tensor, out: Tensor, divisor: Tensor, scale: float, real: Tensor | None = None
+    dout: Tensor,
+    out: Tensor,
+    divisor: Tensor,
+    scale: float,
+    real: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of numerator and divisor, (B, T, H, W) as they are multiplied and (B, H, T) in fp32, of
-    out (B, T, H, W) = scale · numerator / divisor; 0 where `real` (B, T) is not."""
+    out (B, T, H, W) = scale · numerator / divisor; 0 where `real` (B, T) is not.
+
+    With `levels` (B, H, T) both are multiples of exp(levels), and `divisor` is the logarithm of what it is.
+    """
     dtype = torch.float32 if dout.dtype == torch.float16 else dout.dtype
     numerator = torch.empty(dout.shape, dtype=dtype, device=dout.device)
-    return numerator, _products(dout, out, divisor.contiguous(), scale, real, numerator)
-
-
-def _products(
-    x: Tensor, y: Tensor, divisor: Tensor | None, scale: float, real: Tensor | None, numerator: Tensor | None
-) -> Tensor:
-    B, T, H, W = x.shape
-    out = torch.empty(B, H, T, dtype=torch.float32, device=x.device)
+    B, T, H, W = dout.shape
+    d_divisor = torch.empty(B, H, T, dtype=torch.float32, device=dout.device)
     wide = max(16, power_of_2(W))
     tokens = max(1, NUMBERS // wide)
     there = None if real is None else real.contiguous().view(torch.uint8)
-    PRODUCTS(
+    DIVIDED(
         (parts(T, tokens) * B * H,),
-        (known_by(x, y, divisor, there), W),
-        *(Side(x).argument(), Side(y).argument(), divisor, there, out, numerator, T, H, scale, tokens, W, wide),
+        (known_by(dout, out, divisor, levels, there), W),
+        *(Side(dout).argument(), Side(out).argument(), divisor.contiguous(), levels, there, d_divisor, numerator),
+        *(T, H, scale, tokens, W, wide),
     )
-    return out
+    return numerator, d_divisor

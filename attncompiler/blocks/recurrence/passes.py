@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attncompiler.blocks.recurrence.weights import is_real, place_of, weights_of
+from attncompiler.blocks.recurrence.weights import chunk_met, is_real, place_of, sums_of, weights_by
 
 
 class Operand(NamedTuple):
@@ -22,13 +22,6 @@ class Operand(NamedTuple):
 
 class Added(NamedTuple):
     """One width more of x and y: a number for each token (B, H, T), fp32; None where it is 1."""
-
-    rows: Any
-    columns: Any
-
-
-class Factors(NamedTuple):
-    """What x's tokens are multiplied by, and y's: (B, H, T), fp32; None where that is 1."""
 
     rows: Any
     columns: Any
@@ -51,12 +44,18 @@ class Result(NamedTuple):
     total: Any
     """(B, T, H): Σ_c w x·y, plus eps and as the divisor of `out` where it is normalised"""
     dots: Any
-    """(2, blocks of W, B, H, T): the raw operand times what the state gives of out; and times what the chunk gives, or,
-    PASSING and not in reverse, the pairs of a chunk that have the token behind them and their row ahead"""
+    """(2, blocks of W, B, H, T): the raw operand times what the state gives of out; and, not in reverse, the pairs of a
+    chunk that have the token behind them and their row ahead"""
     factor: Any
     """(B, H, T): what a token's numbers are multiplied by in `out`, fp32"""
+    levels: Any
+    """(B, H, T): the logarithm of what a token's sums are multiples of, fp32; `eps` then is a logarithm, and `total`"""
     final: Any
     """(B, H, M): the state behind the last chunk, flat, and the sums of one width more behind it"""
+
+
+LEAST_DIVISOR = tl.constexpr(2.0**-126)
+"""fp32's least normal number"""
 
 
 @triton.jit
@@ -72,7 +71,23 @@ def mapped(x, MAP: tl.constexpr):
 @triton.jit
 def slope(phi, MAP: tl.constexpr):
     """φ' by φ."""
-    return tl.where(phi > 1, 1.0, phi) if MAP == "elu" else tl.where(phi == 0, 0.0, 1.0)
+    if MAP == "elu":
+        phi = tl.where(phi > 1, 1.0, phi)
+    elif MAP == "relu":
+        phi = tl.where(phi == 0, 0.0, 1.0)
+    return phi
+
+
+@triton.jit
+def quotient(total, level, eps):
+    """What sums that are multiples of exp(level) are multiplied by to be divided by their total and exp(eps), and the
+    logarithm of that divisor: both sums are brought to the larger of the two, so that neither overflows."""
+    above = level - eps
+    larger = tl.where(above > 0, above, 0.0)
+    shrink = tl.exp(tl.where(above < 0, above, 0.0))
+    divisor = total * shrink + tl.exp(-larger)
+    divisor = tl.where(divisor < LEAST_DIVISOR, LEAST_DIVISOR, divisor)
+    return shrink / divisor, tl.log(divisor) + larger + eps
 
 
 @triton.jit
@@ -141,27 +156,40 @@ def write_state(base, number, first, state, more, K: tl.constexpr, W: tl.constex
         tl.store(at + K * W + w, more, mask=w < W)
 
 
-SIZES = ("T", "H", "apart", "together", "groups", "chunks", "behind", "eps", "scale")
+SIZES = ("T", "H", "apart", "groups", "chunks", "behind", "eps", "scale")
 """Arguments of which no value has code of its own."""
 
 
-@triton.jit
-def walk(
-    x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
-    T, H, apart, together, groups, chunks, behind, eps, scale, block, step, both, member,
+@triton.jit(do_not_specialize=SIZES)
+def pass_kernel(
+    x, y, u, raw, gate, added, scales, times, skip, initial, states, through_of, result,
+    T, H, apart, groups, chunks, behind, eps, scale,
     ROWS: tl.constexpr, SLOPE: tl.constexpr, EXTRA: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
-    STRICT: tl.constexpr, PASSING: tl.constexpr, SUMMED: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr,
-    K: tl.constexpr, W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
+    STRICT: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One group of chunks of head `both` of all sequences', and a block of W; the head is a `member` of its set."""
+    """A program takes one group of chunks of one head, and a block of W.
+
+    With ROWS it begins from the state before its group, which is `initial` or in `states`, and finds `out`; without it
+    begins from nothing and leaves what its group adds in `states`, and what it keeps of the state before it in
+    `through_of`. In reverse it goes from chunk `behind` − 1, the last or one of those without tokens that fill the last
+    group and are left out, to the first. y's tokens are multiplied by `scales` (B, H, T), where that is not None. EXTRA
+    is one width more: of u, whose numbers are 1 and whose sums are `total`; or of x and y, `added`. `out` is multiplied
+    by silu of `gate` at last, an operand (B, T, H, W). WHOLE says that chunks have C tokens and none is padding.
+
+    x, y and u go to the matrix units as they lie in memory: what tokens are multiplied by is in the weights of pairs,
+    and where it cannot be, in u's for the state. Sums over tokens of one number each are products of matrices too.
+    """
+    # programs that read the same x and y are beside each other
     BLOCKS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    block, place = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    step, both = place % groups, place // groups
     RUNS: tl.constexpr = times.runs is not None
     PASSED: tl.constexpr = (times.sums is not None) or RUNS  # whether a state is weighted
-    ENTERED: tl.constexpr = PASSED or (factors.rows is not None)
-    LEFT: tl.constexpr = PASSED or (factors.columns is not None)
+    LEFT: tl.constexpr = PASSED or (scales is not None)
     first = block * BLOCK_W
-    w = first + tl.arange(0, BLOCK_W)
+    w, o = first + tl.arange(0, BLOCK_W), tl.arange(0, C)
     b, h = both // H, both % H
     state = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
     more = tl.zeros([1], tl.float32)
@@ -181,19 +209,24 @@ def walk(
     if skip.ptr is not None:
         share = tl.load(skip.ptr + h * skip.head + w * skip.width, mask=w < W, other=0.0)
     empty = behind - tl.cdiv(T, C) if REVERSE else 0
-    for i in range(tl.maximum(step * chunks, empty), tl.minimum((step + 1) * chunks, behind)):
+    lowest, stop = tl.maximum(step * chunks, empty), tl.minimum((step + 1) * chunks, behind)
+    coming = chunk_met(lowest, stop, behind, T, C, REVERSE) * C
+    nothing = tl.full([], 0.0, tl.float32)
+    near, rest, near_all, rest_all, factor = nothing, nothing, nothing, nothing, nothing
+    if times.sums is not None:
+        near, rest, near_all, rest_all = sums_of(times, both, coming, T, apart, C, WHOLE)
+    if scales is not None:
+        factor = per_token(scales, both, coming, T, is_real(times, b, coming + o, T), C, WHOLE)
+    for i in range(lowest, stop):
         start = (behind - 1 - i if REVERSE else i) * C
-        t = start + tl.arange(0, C)
+        t = start + o
         real = is_real(times, b, t, T)
-        weights, seen, enters, leaves, through = weights_of(times, both, b, start, T, apart, C, REVERSE, STRICT, WHOLE)
-        if factors.columns is not None:
-            factor = per_token(factors.columns, both, start, T, real, C, WHOLE)
+        weights, seen, enters, leaves, through = weights_by(
+            times, near, rest, near_all, rest_all, b, start, T, C, REVERSE, STRICT
+        )
+        if scales is not None:
             weights *= factor[None, :]
             leaves *= factor
-        if factors.rows is not None:
-            factor = per_token(factors.rows, both, start, T, real, C, WHOLE)
-            weights *= factor[:, None]
-            enters *= factor
         column = tile(y, b, h, t, 0, real, K, BLOCK_K, WHOLE).to(DTYPE)
         summed = tile(u, b, h, t, first, real, W, BLOCK_W, WHOLE).to(DTYPE)
         count = tl.full([C], 1.0, tl.float32)
@@ -212,36 +245,41 @@ def walk(
                     one = per_token(added.rows, both, start, T, real, C, WHOLE)
                 pairs += one[:, None] * count[None, :]
                 found += one[:, None] * more[None, :]
-            if (times.sums is not None) or (factors.columns is not None) or (factors.rows is not None):
+            if (times.sums is not None) or (scales is not None):
                 pairs *= weights
             pairs = tl.where(seen, pairs, 0.0)
-            if ENTERED:
+            if PASSED:
                 found = weighted(found, enters[:, None], RUNS)
             if EXTRA == "total":
-                if ENTERED:
+                if PASSED:
                     total = weighted(total, enters, RUNS)
                 total += tl.sum(pairs, 1)
             if result.dots is not None:
                 features = tile(raw, b, h, t, first, real, W, BLOCK_W, WHOLE)
-                heads = tl.num_programs(0) // (groups * BLOCKS) * together
+                heads = tl.num_programs(0) // (groups * BLOCKS)  # B · H
                 at = result.dots + (block * heads + both).to(tl.int64) * T + t
                 tl.store(at, tl.sum(features.to(tl.float32) * found, 1), mask=t < T)
                 at += heads.to(tl.int64) * BLOCKS * T
-                if PASSING and not REVERSE:
+                if not REVERSE:
                     # summed as they are, and not by row less by column: those two are large where they nearly cancel
                     products = tl.dot(features.to(DTYPE), tl.trans(summed), input_precision=PRECISION)
-                    o = tl.arange(0, C)
                     upto = tl.where(o[:, None] <= o[None, :], 1.0, 0.0).to(DTYPE)
                     upto = tl.dot((pairs * products).to(DTYPE), upto, input_precision=PRECISION)
                     tl.store(at, tl.sum(tl.where(o[:, None] > o[None, :], upto, 0.0), 0), mask=t < T)
-                elif not PASSING:
-                    given = tl.dot(pairs.to(DTYPE), summed, input_precision=PRECISION)
-                    tl.store(at, tl.sum(features.to(tl.float32) * given, 1), mask=t < T)
             found = tl.dot(pairs.to(DTYPE), summed, found, input_precision=PRECISION)
             if SLOPE != "none":
                 found *= slope(tile(raw, b, h, t, first, real, W, BLOCK_W, WHOLE).to(tl.float32), SLOPE)
-            if EXTRA == "total":
+            if result.levels is not None:
+                level = per_token(result.levels, both, start, T, real, C, WHOLE)
                 if NORMALIZE:
+                    by, total = quotient(total, level, eps)
+                    found *= by[:, None]
+                    total = tl.where(real, total, 0.0)
+                else:
+                    half = tl.exp(level / 2)  # of what may leave fp32's range where the product does not
+                    found = found * half[:, None] * half[:, None]
+            if EXTRA == "total":
+                if NORMALIZE and result.levels is None:
                     total = tl.where(real, total + eps, 1.0)
                     found /= total[:, None]
                 if first == 0:
@@ -255,14 +293,8 @@ def walk(
                 small = tl.exp(-tl.abs(z))  # no power of a large number
                 found *= z * tl.where(z < 0, small, 1.0) / (1 + small)
             found *= scale
-            if SUMMED:
-                place = (b.to(tl.int64) * T + t) * (H // together) + h // together
-            else:
-                place = (b.to(tl.int64) * T + t) * H + h
-            at = result.out + place[:, None] * W + w[None, :]
+            at = result.out + ((b.to(tl.int64) * T + t) * H + h)[:, None] * W + w[None, :]
             inside = (t < T)[:, None] & (w < W)[None, :]
-            if SUMMED:
-                found += tl.load(at, mask=inside & (member > 0), other=0.0)
             if WHOLE and W % BLOCK_W == 0:
                 tl.store(at, found.to(result.out.dtype.element_ty))
             else:
@@ -281,6 +313,11 @@ def walk(
             state = weighted(state, through, RUNS)
             kept *= through
         state = tl.dot(tl.trans(column), summed, state, input_precision=PRECISION)
+        coming = chunk_met(i + 1, stop, behind, T, C, REVERSE) * C
+        if times.sums is not None:
+            near, rest, near_all, rest_all = sums_of(times, both, coming, T, apart, C, WHOLE)
+        if scales is not None:
+            factor = per_token(scales, both, coming, T, is_real(times, b, coming + o, T), C, WHOLE)
 
     if not ROWS:
         write_state(states, both * groups + step, first, state, more, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
@@ -288,51 +325,6 @@ def walk(
             tl.store(through_of + both * groups + step, kept)
     elif (result.final is not None) and step == groups - 1:
         write_state(result.final, both, first, state, more, K, W, M, BLOCK_K, BLOCK_W, EXTRA)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def pass_kernel(
-    x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
-    T, H, apart, together, groups, chunks, behind, eps, scale,
-    ROWS: tl.constexpr, SLOPE: tl.constexpr, EXTRA: tl.constexpr, NORMALIZE: tl.constexpr, REVERSE: tl.constexpr,
-    STRICT: tl.constexpr, PASSING: tl.constexpr, SUMMED: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr,
-    K: tl.constexpr, W: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A program takes one group of chunks of one head, and a block of W.
-
-    With ROWS it begins from the state before its group, which is `initial` or in `states`, and finds `out`; without it
-    begins from nothing and leaves what its group adds in `states`, and what it keeps of the state before it in
-    `through_of`. In reverse it goes from chunk `behind` − 1, the last or one of those without tokens that fill the last
-    group and are left out, to the first. It does so for `together` heads one after the other; SUMMED, `out` is of so
-    many heads' sums, (B, T, H / together, W) in fp32, to which this program alone adds. EXTRA is one width more: of u,
-    whose numbers are 1 and whose sums are `total`; or of x and y, `added`. `out` is multiplied by silu of `gate` at
-    last, an operand (B, T, H, W). WHOLE says that chunks have C tokens and none is padding.
-
-    x, y and u go to the matrix units as they lie in memory: what tokens are multiplied by is in the weights of pairs,
-    and where it cannot be, in u's for the state. Sums over tokens of one number each are products of matrices too.
-    """
-    # programs that read the same x and y are beside each other
-    BLOCKS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
-    block, place = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    step, heads = place % groups, place // groups
-    if SUMMED:
-        for member in range(together):
-            walk(
-                x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
-                T, H, apart, together, groups, chunks, behind, eps, scale, block, step,
-                heads * together + member, member,
-                ROWS, SLOPE, EXTRA, NORMALIZE, REVERSE, STRICT, PASSING, SUMMED, WHOLE, C, K, W, M, BLOCK_K, BLOCK_W,
-                DTYPE, PRECISION,
-            )  # fmt: skip
-            tl.debug_barrier()  # what the next head adds to is read by other threads than wrote it
-    else:
-        walk(
-            x, y, u, raw, gate, added, factors, times, skip, initial, states, through_of, result,
-            T, H, apart, 1, groups, chunks, behind, eps, scale, block, step, heads, 0,
-            ROWS, SLOPE, EXTRA, NORMALIZE, REVERSE, STRICT, PASSING, SUMMED, WHOLE, C, K, W, M, BLOCK_K, BLOCK_W,
-            DTYPE, PRECISION,
-        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["groups", "M"])
@@ -372,12 +364,14 @@ def features_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "H", "scale"])
-def products_kernel(
-    x, y, divisor, real, out, numerator, T, H, scale, C: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+def divided_kernel(
+    dout, out, divisor, levels, real, d_divisor, numerator, T, H, scale,
+    C: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, T) = x·y of each token and head, x and y being Operands (B, T, H, W); 0 where `real` (B, T) is 0.
+    """The gradients of the divisor (B, H, T) and of the numerator (B, T, H, W) of out = scale · numerator / divisor.
 
-    With a divisor (B, T, H), out is −1 over it times that, and numerator (B, T, H, W) is scale over it times x.
+    out and its gradient are Operands (B, T, H, W), the divisor is (B, T, H). With `levels` (B, H, T) the divisor is a
+    logarithm, and what is divided is exp(levels). Where `real` (B, T) is 0, so are both.
     """
     tiles = tl.cdiv(T, C)
     both = tl.program_id(0) // tiles
@@ -386,13 +380,17 @@ def products_kernel(
     there = t < T
     if real is not None:
         there &= tl.load(real + b.to(tl.int64) * T + t, mask=there, other=0) != 0
-    left = tile(x, b, h, t, 0, there, W, BLOCK_W, False).to(tl.float32)
-    found = tl.sum(left * tile(y, b, h, t, 0, there, W, BLOCK_W, False).to(tl.float32), 1)
+    grad = tile(dout, b, h, t, 0, there, W, BLOCK_W, False).to(tl.float32)
+    found = tl.sum(grad * tile(out, b, h, t, 0, there, W, BLOCK_W, False).to(tl.float32), 1)
     each = (b.to(tl.int64) * T + t) * H + h
-    if divisor is not None:
-        by = tl.load(divisor + each, mask=there, other=1.0)
+    by = tl.load(divisor + each, mask=there, other=1.0)
+    if levels is None:
         found = -found / by
-        left = left * (scale / by)[:, None]
-        at = numerator + each[:, None] * W + w[None, :]
-        tl.store(at, left.to(numerator.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
-    tl.store(out + both.to(tl.int64) * T + t, found, mask=t < T)
+        grad = grad * (scale / by)[:, None]
+    else:
+        half = tl.exp((tl.load(levels + both.to(tl.int64) * T + t, mask=there, other=0.0) - by) / 2)
+        found = -found * half * half
+        grad = grad * (scale * half)[:, None] * half[:, None]
+    at = numerator + each[:, None] * W + w[None, :]
+    tl.store(at, grad.to(numerator.dtype.element_ty), mask=(t < T)[:, None] & (w < W)[None, :])
+    tl.store(d_divisor + both.to(tl.int64) * T + t, found, mask=t < T)

@@ -72,8 +72,34 @@ def place_of(both, start, T, C: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def weights_of(
-    times, both, b, start, T, apart, C: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, WHOLE: tl.constexpr,
+def chunk_met(i, stop, behind, T, C: tl.constexpr, REVERSE: tl.constexpr):
+    """The number of the chunk that is met as the i-th of all, or the last before `stop`; some chunk there is, always.
+
+    What chunks have once for a token is loaded while the one before is met: nothing else of it would be on its way.
+    """
+    i = tl.minimum(i, stop - 1)
+    chunk = behind - 1 - i if REVERSE else i
+    return tl.maximum(tl.minimum(chunk, tl.cdiv(T, C) - 1), 0)
+
+
+@triton.jit
+def sums_of(times, both, start, T, apart, C: tl.constexpr, WHOLE: tl.constexpr):
+    """Of a chunk of one head: the decays' sums up to its tokens, as whole numbers and remainders; and those of all."""
+    at = times.sums + place_of(both, start, T, C, WHOLE)
+    held = tl.arange(0, C)
+    if WHOLE:
+        apart = tl.multiple_of(apart, C)
+        end = C - 1
+    else:
+        end = tl.minimum(C, T - start) - 1
+        held = tl.minimum(held, end)  # what lies behind the last token is as far as that
+    return tl.load(at + held), tl.load(at + apart + held), tl.load(at + end), tl.load(at + apart + end)
+
+
+@triton.jit
+def weights_by(
+    times, whole, part, whole_of_all, part_of_all, b, start, T,
+    C: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr,
 ):  # fmt: skip
     """Of a chunk: (C, C) what columns count for rows, and which of them count; (C,) what the state before it (in
     reverse: behind it) counts for rows, and what columns count for the state on the other side; and what that state
@@ -93,16 +119,6 @@ def weights_of(
         before = tl.load(at + start - 1, mask=start > 0, other=0)
         seen &= run[:, None] == run[None, :]
     if times.sums is not None:
-        at = times.sums + place_of(both, start, T, C, WHOLE)
-        if WHOLE:
-            apart = tl.multiple_of(apart, C)
-            end = C - 1
-            whole, part = tl.load(at + i), tl.load(at + apart + i)
-        else:
-            end = tl.minimum(C, T - start) - 1
-            held = tl.minimum(i, end)  # what lies behind the last token is as far as that
-            whole, part = tl.load(at + held), tl.load(at + apart + held)
-        whole_of_all, part_of_all = tl.load(at + end), tl.load(at + apart + end)
         between = (whole[:, None] - whole[None, :]) + (part[:, None] - part[None, :])
         weights = tl.exp2(tl.where(seen, -between if REVERSE else between, 0.0))
         enters = tl.exp2(whole + part)

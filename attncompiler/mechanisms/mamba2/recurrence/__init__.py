@@ -9,4 +9,5 @@ the gradient of C·h,
 
 are three passes more, of each head; B's and C's are then summed over the heads of their group. The gradients of the
 decays follow from C·dC and B·dB, and that of Δ has x·d(Δx) beside them.
+One token of every sequence, as in decoding, is no pass: `step.py` reads and writes its state once, in one launch.
 """

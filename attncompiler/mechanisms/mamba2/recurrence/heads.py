@@ -1,0 +1,206 @@
+"""The gradients of one chunk, for all heads of a group one after the other: what they share is loaded once, and sums
+over them stay in registers.
+
+With S the state before the chunk of a head, dS the gradient of the one behind it, L what columns count for rows, and Δ
+the time steps,
+
+    M = L ∘ (dy xᵀ) Δ,   Z = Σ_heads M
+    dC = Z B + Σ_heads (dy · enters) Sᵀ,   dB = Zᵀ C + Σ_heads (Δ x · leaves) dSᵀ
+    d(Δx) = (L ∘ C Bᵀ)ᵀ dy + leaves · B dS
+
+(Dao & Gu 2024, section 6, differentiated by blocks).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from attncompiler.blocks.recurrence.gates import empty
+from attncompiler.blocks.recurrence.passes import per_token, tile, weighted
+from attncompiler.blocks.recurrence.weights import is_real, sums_of, weights_by
+
+SIZES = ("T", "H", "apart", "first", "count", "sets")
+
+
+class Dots(NamedTuple):
+    """What the gradients of time steps, decays and D are made of, each (B, H, T)."""
+
+    starts: Any
+    """what from before the chunk reaches its rows"""
+    between: Any
+    """what of the chunk's pairs passes each token"""
+    ends: Any
+    """what of its columns reaches behind the chunk"""
+    given: Any
+    """x·d(Δx)"""
+    skipped: Any
+    """x·dy; None where there is no D of one number a head"""
+
+
+@triton.jit
+def place_of_program(G, count, sets):
+    """Of a program: its set of heads, group, chunk (counted from `first`) and sequence."""
+    place = tl.program_id(0)
+    chosen, place = place % sets, place // sets
+    g, place = place % G, place // G
+    return chosen, g, place % count, place // count
+
+
+@triton.jit
+def state_of(held, b, i, h, first, H, count, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of what is held of a chunk's head: (N, P)."""
+    n, p = tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_P)
+    at = held + ((b.to(tl.int64) * count + i) * H + h) * (N * P) + n[:, None] * P + p[None, :]
+    if N == BLOCK_N and P % BLOCK_P == 0:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0)
+
+
+@triton.jit
+def store_shared(at, chosen, b, g, t, found, T, G, B, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One set's part of a gradient (sets, B, T, G, N)."""
+    n = tl.arange(0, BLOCK_N)
+    row = ((chosen * B + b).to(tl.int64) * T + t) * G + g
+    tl.store(
+        at + row[:, None] * N + n[None, :], found.to(at.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :]
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def rows_kernel(
+    x, b_, c, dy, times, factor, held, dots, dc, db, T, H, apart, first, count, sets,
+    G: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dC, and what of dB the chunk's own rows give, of one chunk and a set of a group's heads: (sets, B, T, G, N).
+
+    `held` (B, count, H, N, P) are the states before the chunks, the first of which is chunk `first`.
+    """
+    RUNS: tl.constexpr = times.runs is not None
+    BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    chosen, g, i, b = place_of_program(G, count, sets)
+    start = (first + i) * C
+    o = tl.arange(0, C)
+    t = start + o
+    real = is_real(times, b, t, T)
+    heads = H // (G * sets)
+    begin = (g * sets + chosen) * heads
+    columns = tile(b_, b, begin, t, 0, real, N, BLOCK_N, WHOLE).to(DTYPE)
+    rows = tile(c, b, begin, t, 0, real, N, BLOCK_N, WHOLE).to(DTYPE)
+    pairs = tl.dot(rows, tl.trans(columns), input_precision=PRECISION).to(DTYPE)
+    before = tl.where(o[:, None] < o[None, :], 1.0, 0.0).to(DTYPE)
+    z = tl.zeros([C, C], tl.float32)
+    found = tl.zeros([C, BLOCK_N], tl.float32)
+    # of the next head, while this one is met: of what waits for memory here, nothing else would be on its way
+    near, rest, near_all, rest_all = sums_of(times, b * H + begin, start, T, apart, C, WHOLE)
+    step = per_token(factor, b * H + begin, start, T, real, C, WHOLE)
+    for h in range(begin, begin + heads):
+        both = b * H + h
+        products = tl.zeros([C, C], tl.float32)
+        starts = tl.zeros([C], tl.float32)
+        weights, seen, enters, _, _ = weights_by(times, near, rest, near_all, rest_all, b, start, T, C, False, False)
+        for block in tl.static_range(BLOCKS):
+            grad = tile(dy, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
+            given = tile(x, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
+            state = state_of(held, b, i, h, block * BLOCK_P, H, count, N, P, BLOCK_N, BLOCK_P)
+            entering = weighted(grad.to(tl.float32), enters[:, None], RUNS).to(DTYPE)
+            found = tl.dot(entering, tl.trans(state), found, input_precision=PRECISION)
+            read = tl.dot(rows, state, input_precision=PRECISION)
+            starts += tl.sum(grad.to(tl.float32) * read, 1)
+            products = tl.dot(grad, tl.trans(given), products, input_precision=PRECISION)
+        weights *= step[None, :]
+        products = tl.where(seen, products * weights, 0.0)
+        z += products
+        # summed as they are, and not by row less by column: those two are large where they nearly cancel
+        upto = tl.dot(products.to(DTYPE) * pairs, before, input_precision=PRECISION)
+        at = both.to(tl.int64) * T + t
+        between = tl.sum(tl.where(o[:, None] >= o[None, :], upto, 0.0), 0)
+        tl.store(dots.between + at, between, mask=t < T)
+        tl.store(dots.starts + at, weighted(starts, enters, RUNS), mask=t < T)
+        after = b * H + tl.minimum(h + 1, begin + heads - 1)
+        near, rest, near_all, rest_all = sums_of(times, after, start, T, apart, C, WHOLE)
+        step = per_token(factor, after, start, T, real, C, WHOLE)
+    z = z.to(DTYPE)
+    found = tl.dot(z, columns, found, input_precision=PRECISION)
+    B = tl.num_programs(0) // (count * G * sets)
+    store_shared(dc, chosen, b, g, t, found, T, G, B, N, BLOCK_N)
+    store_shared(db, chosen, b, g, t, tl.dot(tl.trans(z), rows, input_precision=PRECISION), T, G, B, N, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def columns_kernel(
+    x, b_, c, dy, times, factor, skip, held, dots, dx, db, out,
+    T, H, apart, first, count, sets,
+    G: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx (B, T, H, P), and what is left of dB.
+
+    `held` are the gradients of the states behind the chunks; to the part of dB in `db` theirs is added, into `out`.
+    """
+    RUNS: tl.constexpr = times.runs is not None
+    BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    chosen, g, i, b = place_of_program(G, count, sets)
+    start = (first + i) * C
+    o = tl.arange(0, C)
+    t = start + o
+    real = is_real(times, b, t, T)
+    heads = H // (G * sets)
+    begin = (g * sets + chosen) * heads
+    columns = tile(b_, b, begin, t, 0, real, N, BLOCK_N, WHOLE).to(DTYPE)
+    rows = tile(c, b, begin, t, 0, real, N, BLOCK_N, WHOLE).to(DTYPE)
+    pairs = tl.dot(columns, tl.trans(rows), input_precision=PRECISION).to(DTYPE)
+    n = tl.arange(0, BLOCK_N)
+    B = tl.num_programs(0) // (count * G * sets)
+    inner = db + (((chosen * B + b).to(tl.int64) * T + t) * G + g)[:, None] * N + n[None, :]
+    found = tl.load(inner, mask=(t < T)[:, None] & (n < N)[None, :], other=0.0)
+    # of the next head, while this one is met: of what waits for memory here, nothing else would be on its way
+    near, rest, near_all, rest_all = sums_of(times, b * H + begin, start, T, apart, C, WHOLE)
+    step = per_token(factor, b * H + begin, start, T, real, C, WHOLE)
+    for h in range(begin, begin + heads):
+        both = b * H + h
+        weights, seen, leaves, _, _ = weights_by(times, near, rest, near_all, rest_all, b, start, T, C, True, False)
+        met = tl.where(seen, pairs * weights.to(DTYPE), 0.0).to(DTYPE)
+        ends = tl.zeros([C], tl.float32)
+        gave = tl.zeros([C], tl.float32)
+        skipped = tl.zeros([C], tl.float32)
+        shares = empty()
+        if skip.ptr is not None:
+            for block in tl.static_range(BLOCKS):
+                p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+                shares += (tl.load(skip.ptr + h * skip.head + p * skip.width, mask=p < P, other=0.0),)
+        for block in tl.static_range(BLOCKS):
+            p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+            grad = tile(dy, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
+            given = tile(x, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
+            state = state_of(held, b, i, h, block * BLOCK_P, H, count, N, P, BLOCK_N, BLOCK_P)
+            gained = weighted(tl.dot(columns, state, input_precision=PRECISION), leaves[:, None], RUNS)
+            wide = given.to(tl.float32)
+            ends += tl.sum(wide * gained, 1)
+            # apart: of a product that goes on into another, eight warps would compute everything twice
+            within = tl.dot(met, grad, input_precision=PRECISION)
+            gave += tl.sum(wide * within, 1)
+            gained = gained * step[:, None] + within * step[:, None]
+            if skip.ptr is not None:
+                gained += shares[block][None, :] * grad.to(tl.float32)
+            if dots.skipped is not None:
+                skipped += tl.sum(wide * grad.to(tl.float32), 1)
+            to = dx + ((b.to(tl.int64) * T + t) * H + h)[:, None] * P + p[None, :]
+            tl.store(to, gained.to(dx.dtype.element_ty), mask=(t < T)[:, None] & (p < P)[None, :])
+            leaving = weighted(wide, (leaves * step)[:, None], RUNS).to(DTYPE)
+            found = tl.dot(leaving, tl.trans(state), found, input_precision=PRECISION)
+        at = both.to(tl.int64) * T + t
+        tl.store(dots.ends + at, ends * step, mask=t < T)
+        tl.store(dots.given + at, gave + ends, mask=t < T)
+        if dots.skipped is not None:
+            tl.store(dots.skipped + at, skipped, mask=t < T)
+        after = b * H + tl.minimum(h + 1, begin + heads - 1)
+        near, rest, near_all, rest_all = sums_of(times, after, start, T, apart, C, WHOLE)
+        step = per_token(factor, after, start, T, real, C, WHOLE)
+    store_shared(out, chosen, b, g, t, found, T, G, B, N, BLOCK_N)

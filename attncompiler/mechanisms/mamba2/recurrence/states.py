@@ -1,0 +1,86 @@
+"""The states before each chunk of a sequence, and the gradients of those behind it, kept for the heads to meet."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attncompiler.blocks.recurrence.passes import per_token, tile, weighted
+from attncompiler.blocks.recurrence.weights import chunk_met, is_real, sums_of, weights_by
+
+
+@triton.jit(do_not_specialize=["T", "H", "apart", "groups", "chunks", "behind", "offset", "some", "first", "count"])
+def states_kernel(
+    y, u, factor, times, initial, states, through_of, held, passing, final,
+    T, H, apart, groups, chunks, behind, offset, some, first, count,
+    HELD: tl.constexpr, REVERSE: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, K: tl.constexpr, W: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program takes one group of chunks of one head, of the `some` groups from `offset` on, and a block of K and W.
+
+    It adds up y uᵀ, u's tokens times `factor` (B, H, T), with the chunks met from the first to the last, or in reverse.
+    Without HELD it begins from nothing, and leaves what its group adds in `states` (B·H, groups, K·W) and what it keeps
+    of the state before it in `through_of`. With HELD it begins from what is carried to its group, and puts the state it
+    meets each chunk with into `held` (B, count, H, K, W), of the `count` chunks from `first` on; and behind the last,
+    into `final`. In reverse, what `held` had there was the state on the chunk's other side, and the product of the two,
+    as much as the chunk keeps of it, goes to `passing` (blocks, B, H, chunks): it is what passes all of the chunk.
+    """
+    ACROSS: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * ACROSS
+    RUNS: tl.constexpr = times.runs is not None
+    block, place = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    step, both = offset + place % some, place // some
+    b, h = both // H, both % H
+    low, left = block // ACROSS * BLOCK_K, block % ACROSS * BLOCK_W
+    k, w = low + tl.arange(0, BLOCK_K), left + tl.arange(0, BLOCK_W)
+    place_in = k[:, None] * W + w[None, :]
+    inside = (k < K)[:, None] & (w < W)[None, :]
+    state = tl.zeros([BLOCK_K, BLOCK_W], tl.float32)
+    if HELD:
+        if initial is not None and step == 0:
+            state = tl.load(initial + both.to(tl.int64) * (K * W) + place_in, mask=inside, other=0.0)
+        if states is not None:  # noqa: SIM102 (that is known when this is compiled, and the step is not)
+            if step > 0:
+                number = (both * (groups - 1) + step - 1).to(tl.int64)
+                state = tl.load(states + number * (K * W) + place_in, mask=inside, other=0.0)
+
+    kept = 1.0
+    empty = behind - tl.cdiv(T, C) if REVERSE else 0
+    lowest, stop = tl.maximum(step * chunks, empty), tl.minimum((step + 1) * chunks, behind)
+    start = chunk_met(lowest, stop, behind, T, C, REVERSE) * C
+    near, rest, near_all, rest_all = sums_of(times, both, start, T, apart, C, WHOLE)
+    for i in range(lowest, stop):
+        chunk = behind - 1 - i if REVERSE else i
+        if HELD:
+            numbered = (b.to(tl.int64) * count + chunk - first) * H + h
+            at = held + numbered * (K * W) + place_in
+            if REVERSE:
+                other = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        t = chunk * C + tl.arange(0, C)
+        real = is_real(times, b, t, T)
+        _, _, _, leaves, through = weights_by(times, near, rest, near_all, rest_all, b, chunk * C, T, C, REVERSE, False)
+        if factor is not None:
+            leaves *= per_token(factor, both, chunk * C, T, real, C, WHOLE)
+        column = tile(y, b, h, t, low, real, K, BLOCK_K, WHOLE).to(DTYPE)
+        summed = tile(u, b, h, t, left, real, W, BLOCK_W, WHOLE)
+        summed = weighted(summed.to(tl.float32), leaves[:, None], RUNS).to(DTYPE)
+        if HELD:
+            if REVERSE:
+                passed = weighted(tl.sum(tl.sum(other * state, 1), 0), through, RUNS)
+                heads = tl.num_programs(0) // (some * BLOCKS)  # B · H
+                row = (block * heads + both).to(tl.int64)
+                tl.store(passing + row * tl.cdiv(T, C) + chunk, passed)
+                tl.debug_barrier()  # threads may not write what others are still to read
+            tl.store(at, state.to(held.dtype.element_ty), mask=inside)
+        state = weighted(state, through, RUNS)
+        kept *= through
+        state = tl.dot(tl.trans(column), summed, state, input_precision=PRECISION)
+        start = chunk_met(i + 1, stop, behind, T, C, REVERSE) * C
+        near, rest, near_all, rest_all = sums_of(times, both, start, T, apart, C, WHOLE)
+
+    if not HELD:
+        tl.store(states + (both * groups + step).to(tl.int64) * (K * W) + place_in, state, mask=inside)
+        if block == 0:
+            tl.store(through_of + both * groups + step, kept)
+    elif final is not None and step == groups - 1:
+        tl.store(final + both.to(tl.int64) * (K * W) + place_in, state, mask=inside)
