@@ -25,18 +25,22 @@ def differentiable(function: type[torch.autograd.Function], *arguments: Any) -> 
     return function.forward(_Nothing(), *arguments)
 
 
-def undisturbed(tensors: Iterable[Tensor]) -> bool:
-    """Whether an operator called with these tensors has nobody but autograd to tell of it, and may run without torch's
-    dispatcher.
-
-    So it is where no compiler, tracer, transform or profiler looks on, and the tensors are plain ones that hold values.
-    """
+def plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether these are plain tensors that hold values, and no compiler, tracer or transform looks on: whatever runs on
+    them, nobody but autograd has to be told of it."""
     return (
         not torch.compiler.is_compiling()
         and all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type in DEVICES for tensor in tensors)
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._get_tracing_state()
-        and not torch._C._autograd._profiler_enabled()
     )
+
+
+def undisturbed(tensors: Iterable[Tensor]) -> bool:
+    """Whether an operator called with these tensors has nobody but autograd to tell of it, and may run without torch's
+    dispatcher.
+
+    So it is where they are plain, and no mode for functions or profiler looks on either.
+    """
+    return plain(tensors) and not torch._C._len_torch_function_stack() and not torch._C._autograd._profiler_enabled()

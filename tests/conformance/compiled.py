@@ -2,12 +2,13 @@
 
 Run in a process of its own: under Triton's interpreter nothing is compiled.
 
-    python tests/conformance/compiled.py CAPABILITY SHARED_MEMORY_BYTES MECHANISM [few]
+    python tests/conformance/compiled.py CAPABILITY SHARED_MEMORY_BYTES MECHANISM|streaming [few]
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import subprocess
@@ -24,15 +25,18 @@ from triton.runtime.jit import JITFunction
 
 from attncompiler.blocks.gpu import Device
 from attncompiler.blocks.recurrence import launch
+from attncompiler.blocks.streaming import convolution, norm
 from attncompiler.mechanisms.attention.flash import kernel
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, LocalGlobal, Random, SlidingWindow, Strided
 from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
+from attncompiler.mechanisms.linear_attention.recurrence import favor
 from attncompiler.mechanisms.linear_attention.recurrence import kernel as linear
 from attncompiler.mechanisms.mamba.op import MambaOptions
 from attncompiler.mechanisms.mamba.recurrence import kernel as mamba
 from attncompiler.mechanisms.mamba2.op import Mamba2Options
 from attncompiler.mechanisms.mamba2.recurrence import kernel as mamba2
+from attncompiler.mechanisms.mamba2.recurrence import launch as mamba2_launch
 
 
 class NoDevice:
@@ -125,24 +129,27 @@ def call(
 
 def recurrent_rows(mechanism: str, few: bool) -> Iterator[dict[str, Any]]:
     """The passes of a recurrence, forward and backward, plain and with all that a token may count by."""
-    makes, module, first = {
-        "linear_attention": (linear_call, linear, 64),
-        "mamba": (mamba_call, mamba, 16),
-        "mamba2": (mamba2_call, mamba2, 64),
+    dtypes = (torch.float32, torch.bfloat16) if few else (torch.float32, torch.bfloat16, torch.float16)
+    calls, module, first = {
+        "linear_attention": ((linear_call, favor_call), linear, 64),
+        "mamba": ((mamba_call,), mamba, 16),
+        "mamba2": ((mamba2_call,), mamba2, 64),
     }[mechanism]
-    for dtype in (torch.float32, torch.bfloat16) if few else (torch.float32, torch.bfloat16, torch.float16):
+    for makes, dtype in itertools.product(calls, dtypes):
         for width in (first,) if few else (first, 128, 256):
-            for tokens, more in ((2048, True), (16, True)) if few else ((2048, False), (2048, True), (16, True)):
+            rows = ((2048, True), (16, True), (1, True))
+            for tokens, more in rows if few else (*rows, (2048, False), (1, False)):
                 tensors, options, states = makes(dtype, width, tokens, more)
                 if more:
                     tensors["segment_ids"] = torch.zeros(1, tokens, dtype=torch.int64)
                     tensors["attention_mask"] = torch.ones(1, tokens, dtype=torch.bool)
-                if tokens == 16:  # one group, and what a state brings
+                if more and tokens < 2048:  # one group or one token, and what a state brings
                     tensors |= {f"initial_{name}": state for name, state in states.items()}
                 found: list[Any] = []
                 with compiling(found):
                     outputs = module.forward(tensors, options)
-                    module.backward({"out": outputs["out"]}, tensors, outputs, options)
+                    if tokens > 1:  # of one token the backward runs what it runs of many
+                        module.backward({"out": outputs["out"]}, tensors, outputs, options)
                 for name, made in found:
                     yield {**row_of(name, made, dtype, width), "tokens": tokens, "options": sorted(tensors)}
 
@@ -153,6 +160,13 @@ def linear_call(dtype: torch.dtype, width: int, tokens: int, more: bool) -> tupl
         tensors["log_decay"] = torch.zeros(1, tokens, 2)
     states = {"s": torch.zeros(1, 2, width, width), "z": torch.zeros(1, 2, width), "m": torch.zeros(1, 2)}
     return tensors, LinearAttentionOptions(), states
+
+
+def favor_call(dtype: torch.dtype, width: int, tokens: int, more: bool) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    tensors, _, states = linear_call(dtype, width, tokens, more)
+    heads = {name: torch.zeros(1, tokens, 2, width // 2, dtype=dtype) for name in "qk"}
+    tensors |= {**heads, "projection": torch.zeros(width, width // 2)}
+    return tensors, LinearAttentionOptions(feature_map="favor", normalize=tokens > 16), states
 
 
 def mamba_call(dtype: torch.dtype, width: int, tokens: int, more: bool) -> tuple[dict[str, torch.Tensor], Any, Any]:
@@ -169,6 +183,49 @@ def mamba2_call(dtype: torch.dtype, width: int, tokens: int, more: bool) -> tupl
     tensors |= {name: torch.zeros(1, tokens, 2, 64, dtype=dtype) for name in ("x", *(["z"] if more else []))}
     tensors |= {"dt": torch.zeros(1, tokens, 2, dtype=dtype), "a": torch.zeros(2), "d": torch.zeros(2)}
     return tensors, Mamba2Options(chunk_size=256), {"state": torch.zeros(1, 2, 64, width)}
+
+
+def streaming_rows() -> Iterator[dict[str, Any]]:
+    """The blocks around mechanisms: of many tokens and of one, plain and with all that a call may have."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for tokens in (2048, 1):
+            for more in (False, True):
+                found: list[Any] = []
+                with compiling(found):
+                    convolve(dtype, tokens, more)
+                for name, made in found:
+                    yield {**row_of(name, made, dtype, 0), "tokens": tokens, "more": more}
+        for width, groups, gate, first in NORMS:
+            found = []
+            with compiling(found):
+                normalise(dtype, width, groups, gate, first)
+            for name, made in found:
+                yield {**row_of(name, made, dtype, width), "groups": groups, "gate": gate, "first": first}
+
+
+NORMS = [
+    *((128, 1, False, False), (4096, 1, False, False), (16384, 1, False, False)),
+    *((4096, 1, True, False), (5120, 1, True, True), (4096, 8, True, False), (8192, 1, True, False)),
+]
+"""width, groups, whether there is a gate, whether the norm is before it"""
+
+
+def normalise(dtype: torch.dtype, width: int, groups: int, gate: bool, first: bool) -> None:
+    x, z, grad = torch.zeros(8, 512, 3 * width, dtype=dtype).chunk(3, -1)
+    weight, opened = torch.zeros(width), z if gate else None
+    _, scales = norm.forward(x, opened, weight, 1e-5, groups, first)
+    norm.backward(grad, x, opened, weight, scales, groups, first)
+
+
+def convolve(dtype: torch.dtype, tokens: int, more: bool) -> None:
+    B, E, W = 8, 2048, 4
+    x, grad = torch.zeros(B, tokens, 2 * E, dtype=dtype).chunk(2, -1)
+    given: list[torch.Tensor | None] = [x, torch.zeros(E, 1, W), None, None, None, None]
+    if more:
+        runs, real = torch.zeros(B, tokens, dtype=torch.int64), torch.ones(B, tokens, dtype=torch.bool)
+        given[2:] = torch.zeros(E), runs, real, torch.zeros(B, E, W - 1, dtype=dtype)
+    convolution.forward(*given)
+    convolution.backward(grad, *given)
 
 
 def row_of(name: str, made: Any, dtype: torch.dtype, width: int) -> dict[str, Any]:
@@ -188,8 +245,12 @@ def row_of(name: str, made: Any, dtype: torch.dtype, width: int) -> dict[str, An
 def main(capability: int, shared_memory: int, mechanism: str, few: bool) -> None:
     triton.runtime.driver.set_active(NoDevice(capability))
     device = Device(shared_memory, 132, divmod(capability, 10))
-    kernel.device_of = launch.device_of = mamba.device_of = lambda _: device
-    rows = attention_rows(capability) if mechanism == "attention" else recurrent_rows(mechanism, few)
+    for module in (kernel, launch, favor, mamba, mamba2_launch, convolution, norm):
+        module.device_of = lambda _: device
+    if mechanism == "streaming":
+        rows = streaming_rows()
+    else:
+        rows = attention_rows(capability) if mechanism == "attention" else recurrent_rows(mechanism, few)
     print(json.dumps(list(rows)))
 
 

@@ -3,7 +3,7 @@ compile in more than one way, as JSON.
 
 Run in a process of its own: under Triton's interpreter nothing is compiled.
 
-    python tests/conformance/relaunched.py attention|recurrence CALLS
+    python tests/conformance/relaunched.py attention|recurrence|streaming CALLS
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ from triton.runtime.jit import JITFunction
 from attncompiler.blocks.gpu import Device
 from attncompiler.blocks.launching.launcher import Launcher
 from attncompiler.blocks.recurrence import launch
+from attncompiler.blocks.streaming import convolution, norm
 from attncompiler.mechanisms.attention.flash import kernel
 from attncompiler.mechanisms.attention.op import AttentionOptions
 from attncompiler.mechanisms.attention.pattern import Causal, Full, SlidingWindow
 from attncompiler.mechanisms.linear_attention.op import LinearAttentionOptions
+from attncompiler.mechanisms.linear_attention.recurrence import favor
 from attncompiler.mechanisms.linear_attention.recurrence import kernel as linear
 from attncompiler.mechanisms.mamba.op import MambaOptions
 from attncompiler.mechanisms.mamba.recurrence import kernel as mamba
 from attncompiler.mechanisms.mamba2.op import Mamba2Options
 from attncompiler.mechanisms.mamba2.recurrence import kernel as mamba2
+from attncompiler.mechanisms.mamba2.recurrence import launch as mamba2_launch
 
 
 def heads(draw: random.Random, B: int, T: int, H: int, D: int, dtype: torch.dtype) -> torch.Tensor:
@@ -78,8 +81,11 @@ def recur(draw: random.Random) -> None:
             tensors["log_decay"] = drawn(B, T, 2)
         if draw.random() < 0.2:
             tensors |= {"initial_s": drawn(B, 2, D, D), "initial_z": drawn(B, 2, D), "initial_m": drawn(B, 2)}
+        feature_map = draw.choice(["elu", "identity", "favor"])
+        if feature_map == "favor":
+            tensors["projection"] = drawn(D, D)
         linear_options = LinearAttentionOptions(
-            feature_map=draw.choice(["elu", "identity"]),
+            feature_map=feature_map,
             causal="log_decay" in tensors or "initial_s" in tensors or draw.random() < 0.8,
             normalize=draw.random() < 0.9,
         )
@@ -130,6 +136,48 @@ def scan(draw: random.Random) -> None:
     mamba.backward(grads, tensors, outputs, options)
 
 
+def beside(draw: random.Random, *shape: int) -> torch.Tensor:
+    """Numbers side by side, at an address that a wide load may have, or not."""
+    return torch.zeros(math.prod(shape) + 1)[draw.choice([0] * 9 + [1]) :][: math.prod(shape)].view(shape)
+
+
+def stream(draw: random.Random) -> None:
+    """The causal convolution or a norm, forward and backward."""
+    if draw.random() < 0.5:
+        normalise(draw)
+        return
+    B, T, E, W = 2, draw.choice([1, 100, 2048]), draw.choice([1, 32, 40]), draw.choice([1, 4])
+    dtype = draw.choice([torch.bfloat16, torch.bfloat16, torch.float32])
+
+    def rows() -> torch.Tensor:
+        return heads(draw, B, T, 1, E, dtype)[:, :, 0]
+
+    optional = {
+        "bias": lambda: beside(draw, E),
+        "runs": lambda: torch.zeros(B, T, dtype=torch.int64),
+        "real": lambda: torch.ones(B * T + 1, dtype=torch.bool)[draw.choice([0, 1]) :][: B * T].view(B, T),
+        "before": lambda: beside(draw, B, E, W - 1),
+    }
+    given = [make() if draw.random() < 0.2 else None for make in optional.values()]
+    x, weight = rows(), beside(draw, E, 1, W)
+    convolution.forward(x, weight, *given)
+    convolution.backward(rows(), x, weight, *given)
+
+
+def normalise(draw: random.Random) -> None:
+    B, T, H, D = 2, draw.choice([1, 100]), draw.choice([1, 4]), draw.choice([1, 24, 64])
+    dtype = draw.choice([torch.bfloat16, torch.bfloat16, torch.float32])
+    if draw.random() < 0.5:  # of heads
+        given = heads(draw, B, T, H, D, dtype), None, beside(draw, D)
+        grad, groups, first = heads(draw, B, T, H, D, dtype), 1, False
+    else:
+        x, z, grad = (heads(draw, B, T, 1, H * D, dtype)[:, :, 0] for _ in "xzg")
+        given = x, draw.choice([None, z]), beside(draw, H * D)
+        groups, first = draw.choice([1, H]), draw.random() < 0.3
+    _, scales = norm.forward(*given, 1e-5, groups, first)
+    norm.backward(grad, *given, scales, groups, first)
+
+
 def call(draw: random.Random) -> tuple[dict[str, torch.Tensor], AttentionOptions, torch.Tensor]:
     B, T, D, K = 2, draw.choice([1, 16, 100]), draw.choice([64, 128]), draw.choice([1, 2])
     S, dtype = draw.choice([T, T + 1]), draw.choice([torch.bfloat16, torch.float16])
@@ -151,7 +199,9 @@ def call(draw: random.Random) -> tuple[dict[str, torch.Tensor], AttentionOptions
 
 def main(mechanism: str, calls: int) -> None:
     triton.runtime.driver.set_active(NoDevice(90))
-    kernel.device_of = launch.device_of = mamba.device_of = lambda device: Device(232448, 132, (9, 0))
+    device = Device(232448, 132, (9, 0))
+    for module in (kernel, launch, favor, mamba, mamba2_launch, convolution, norm):
+        module.device_of = lambda _: device
     launch.FEWEST_CHUNKS = 1  # short sequences have several groups
     kernel.FEW_ROWS = 0  # one query is few: others would serve it
     asked: list[str] = []
@@ -172,7 +222,7 @@ def main(mechanism: str, calls: int) -> None:
     Launcher.__call__ = launched
     draw = random.Random(0)
     for _ in range(calls):
-        attend(draw) if mechanism == "attention" else recur(draw)
+        {"attention": attend, "recurrence": recur, "streaming": stream}[mechanism](draw)
     print(
         json.dumps(
             {

@@ -25,7 +25,7 @@ MOST_STACK = 512
     "capability",
     [pytest.param(each, marks=[] if each == FAST else [pytest.mark.slow]) for each in SHARED_MEMORY],
 )
-@pytest.mark.parametrize("compiles", ["attention", "linear_attention", "mamba", "mamba2"])
+@pytest.mark.parametrize("compiles", ["attention", "linear_attention", "mamba", "mamba2", "streaming"])
 def test_kernels_fit_an_architecture_that_is_not_here(capability: int, compiles: str) -> None:
     """Shared memory within the limit, next to nothing spilled, fp32 multiplied as fp32, and no address from a register
     that nothing has set."""
@@ -89,7 +89,9 @@ def test_a_known_launch_runs_what_the_first_of_its_name_compiled(monkeypatch: py
     assert all(grid == (7, n, 1) for who, grid, (n,) in ran if who == "compiled")
 
 
-@pytest.mark.parametrize(("drawn", "calls", "ways"), [("attention", 4000, 200), ("recurrence", 1500, 200)])
+@pytest.mark.parametrize(
+    ("drawn", "calls", "ways"), [("attention", 4000, 200), ("recurrence", 1500, 200), ("streaming", 1500, 100)]
+)
 def test_a_launch_is_known_by_all_that_it_is_compiled_for(drawn: str, calls: int, ways: int) -> None:
     """`Launcher` runs what an earlier launch of the same name compiled: Triton would have compiled the same."""
     found = in_a_process("relaunched.py", drawn, calls)

@@ -3,6 +3,9 @@ stay exact."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -130,20 +133,23 @@ def test_what_is_not_seen_need_not_be_finite(device: str, where: str) -> None:
     assert bool(outs[1][:, kept].isfinite().all())
 
 
-@pytest.mark.parametrize("feature_map", ["elu", "relu"])
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.parametrize("feature_map", ["elu", "relu", "favor"])
 @pytest.mark.parametrize("name", ["q", "k", "log_decay"])
-def test_nan_is_not_swallowed(device: str, feature_map: str, name: str) -> None:
+def test_nan_is_not_swallowed(device: str, feature_map: Any, name: str) -> None:
     """A GPU's minimum and maximum give the number that is none."""
     inputs = call(device)
     inputs[name][:, 50] = float("nan")
+    w = projection(device, 30, 40) if feature_map == "favor" else None
     q, k, v, log_decay = inputs.values()
-    out = ops.linear_attention(q, k, v, log_decay=log_decay, feature_map=feature_map, kernel="triton")
+    out = ops.linear_attention(q, k, v, log_decay=log_decay, feature_map=feature_map, projection=w, kernel="triton")
+    assert isinstance(out, torch.Tensor)
     assert bool(out[:, 50].isnan().any())
     assert bool(out[:, :32].isfinite().all())
 
 
 @pytest.mark.parametrize("number", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("kind", ["elu", "raw", "gated", "ssd"])
+@pytest.mark.parametrize("kind", ["elu", "favor", "raw", "gated", "ssd"])
 def test_chunks_without_padding_agree_with_plain_torch(device: str, kind: str, number: str) -> None:
     """Of whole chunks nothing is masked, and on a GPU a sequence is long enough for all that is read ahead. Errors are
     those of plain torch in the same numbers, and a few roundings."""
@@ -165,13 +171,16 @@ def test_chunks_without_padding_agree_with_plain_torch(device: str, kind: str, n
         inputs = {name: drawn(B, T, H, D) for name in "qkv"}
         if kind == "gated":
             inputs["log_decay"] = torch.nn.functional.logsigmoid(drawn(B, T, H, dtype=torch.float32))
-    more: dict[str, object] = {} if kind == "ssd" else {"feature_map": "elu" if kind == "elu" else "identity"}
+    more: dict[str, object] = {} if kind == "ssd" else {"feature_map": kind if kind in ("elu", "favor") else "identity"}
+    w = projection(device, 2 * D, D) if kind == "favor" else None
     if kind in ("raw", "gated"):
         more |= {"normalize": False, "scale": T**-0.5}
     grad: torch.Tensor | None = None
     found: list[list[torch.Tensor]] = []
     for name, precise in (("triton", False), ("chunkwise", False), ("chunkwise", True)):
         leaves = {key: (each.double() if precise else each.clone()).requires_grad_() for key, each in inputs.items()}
+        if w is not None:
+            more["projection"] = w.double() if precise else w
         out = (ops.ssd if kind == "ssd" else ops.linear_attention)(**leaves, **more, kernel=name)  # type: ignore[arg-type]
         assert isinstance(out, torch.Tensor)
         grad = drawn(*out.shape) if grad is None else grad
@@ -180,3 +189,113 @@ def test_chunks_without_padding_agree_with_plain_torch(device: str, kind: str, n
     for which, ours, torchs, exact, size in zip(("out", *inputs), *found, rms, strict=True):
         apart, usual = (float((each.double() - exact).square().mean().sqrt()) for each in (ours, torchs))
         assert apart < 2 * usual + 4 * torch.finfo(given).eps * size, (which, apart, usual, size)
+
+
+# --- favor --------------------------------------------------------------------------------------------------------
+
+
+def projection(device: str, R: int, D: int) -> torch.Tensor:
+    return torch.randn(R, D, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def performed(tensors: dict[str, torch.Tensor], w: torch.Tensor, kernel: str, **more: Any) -> list[torch.Tensor]:
+    """out, the state behind it, and the gradients of all tensors, of a loss that reads both; in the tensors' dtype."""
+    reads_state = "initial_state" not in more
+    leaves = {name: each.clone().requires_grad_() for name, each in tensors.items()}
+    given = {**leaves, "projection": w.to(tensors["q"].dtype), "feature_map": "favor"}
+    out, (s, z, m) = ops.linear_attention(**given, kernel=kernel, return_state=True, **more)  # type: ignore[arg-type]
+    loss = out.sin().sum() + (s.sin().sum() + z.sum() if reads_state else 0)
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return [each.detach() for each in (out, s, z, m, *grads)]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_favors_future_never_leaks_into_passes(device: str, normalize: bool) -> None:
+    """Keys a hundred times as large, whose features are next to nothing, and keys along w, whose are the largest."""
+    inputs = call(device)
+    w = projection(device, 24, 40) / 4
+
+    def out(k: torch.Tensor) -> torch.Tensor:
+        given: Any = {"feature_map": "favor", "projection": w, "normalize": normalize, "kernel": "triton"}
+        found = ops.linear_attention(inputs["q"], k, inputs["v"], **given)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    k = inputs["k"]
+    plain, last = out(k), w[w.norm(dim=-1).argmax()] * 40**0.25
+    for later in (100 * k[:, 70:], last.expand(1, 26, 2, 40)):
+        found = out(torch.cat([k[:, :70], later], 1))
+        assert torch.equal(found[:, :70], plain[:, :70])
+        assert not torch.equal(found[:, 70:], plain[:, 70:])
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "decayed", "both ways", "packed both ways"])
+def test_a_small_past_is_as_exact_beside_a_large_future(device: str, order: str) -> None:
+    """Keys whose features lie up to exp(150) apart, more than fp32 holds, and beside them decays that are as strong."""
+    T, generator = 90, torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(1, T, 1, 4, generator=generator).to(device) for name in "qkv"}
+    k = inputs["k"] / inputs["k"].norm(dim=-1, keepdim=True)
+    lengths = torch.linspace(24, 1, T, device=device)
+    inputs["k"] = k * (lengths if order != "falling" else lengths.flip(0))[None, :, None, None]
+    more: dict[str, Any] = {"eps": 1e-30}
+    if order == "decayed":
+        inputs["log_decay"] = torch.linspace(-4, -0.01, T, device=device)[None, :, None]
+    if "both ways" in order:
+        more["causal"] = False
+    if "packed" in order:
+        more["segment_ids"] = (torch.arange(T, device=device) // 35)[None]
+    w = projection(device, 7, 4) / 100
+    ours = performed(inputs, w, "triton", **more)
+    plain = performed(inputs, w, "chunkwise", **more)
+    exact = performed({name: each.double() for name, each in inputs.items()}, w, "chunkwise", **more)
+    assert ours[0].abs().mean() > 0.05
+    size = max(float(each.abs().max()) for each in exact)
+    for found, usual, truth in zip(ours, plain, exact, strict=True):
+        apart, least = (float((each - truth).abs().max()) for each in (found, usual))
+        assert apart <= 4 * least + 1e-6 * size
+
+
+def test_favor_takes_numbers_of_any_size(device: str) -> None:
+    """Logarithms of some 1e8, of which a part in fp32 is several: nothing is exact there, and nothing is not finite."""
+    inputs = call(device)
+    w = projection(device, 24, 40)
+    for scale in (1e-30, 1e2, 1e4):
+        tensors = {name: inputs[name] * scale if name in "qk" else inputs[name] for name in inputs}
+        assert all(bool(each.isfinite().all()) for each in performed(tensors, w, "triton"))
+        del tensors["log_decay"]
+        assert all(bool(each.isfinite().all()) for each in performed(tensors, w, "triton", causal=False))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_favors_state_may_be_of_any_m(device: str, causal: bool) -> None:
+    """As a multiple of exp(m), and empty, of exp(−∞), where nothing of it counts."""
+    inputs = {name: each for name, each in call(device, 40).items() if causal or name != "log_decay"}
+    w = projection(device, 6, 40) / 8
+    _, s, z, m, *_ = performed(inputs, w, "triton", causal=causal)
+    empty, nothing = torch.full_like(m, -math.inf), torch.zeros_like(m)
+    found = [
+        performed(inputs, w, "triton", causal=causal, initial_state=state)
+        for state in (
+            *((s, z, m), (s * math.exp(-3), z * math.exp(-3), m + 3)),
+            *((s, z, empty), (0 * s, 0 * z, nothing - 90)),
+        )
+    ]
+    for one, other in (found[:2], found[2:]):
+        for first, second in zip((one[0], *one[4:]), (other[0], *other[4:]), strict=True):
+            torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+        sums = [found[1] * found[3].exp()[..., None, None] for found in (one, other)]
+        torch.testing.assert_close(*sums, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reset", [-1e4, -1e38, -math.inf])
+def test_favors_decay_that_leaves_nothing_overflows_nowhere(device: str, reset: float) -> None:
+    """It begins the sequence anew, and blurs none of the weak decays behind it."""
+    inputs = call(device)
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], -0.01)
+    inputs["log_decay"][:, 50], inputs["log_decay"][:, 60] = reset, reset
+    w = projection(device, 9, 40) / 4
+    whole = performed(inputs, w, "triton")
+    assert all(bool(each.isfinite().all()) for each in whole)
+    behind = performed({name: each[:, 60:] for name, each in inputs.items()}, w, "triton")
+    torch.testing.assert_close(whole[0][:, 60:], behind[0])
+    torch.testing.assert_close(whole[1:4], behind[1:4])

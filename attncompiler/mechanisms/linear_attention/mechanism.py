@@ -125,7 +125,7 @@ KERNELS = (
     Kernel(
         name="triton",
         entry="attncompiler.mechanisms.linear_attention.kernels.triton:KERNEL",
-        needs=needs_of_triton({**OFFERED, "feature_map": OneOf("elu", "relu", "identity"), "width": AtMost(256)}),
+        needs=needs_of_triton({**OFFERED, "width": AtMost(256)}),
         summary="built-in passes of the recurrence, in chunks and groups of them: memory linear in the length",
     ),
     Kernel(

@@ -8,5 +8,9 @@ from them
     dv[s] = Σ_{t ≥ s} w (φ(k)[s]·φ(q)[t]) dN[t]
 
 are three passes more: whatever lies between input and output is a state for each group of chunks. A call that is not
-causal is two calls: of the tokens up to and with one's own, and, from last to first, of those before it.
+causal is two calls: of the tokens up to and with one's own, and, from last to first, of those before it. One token
+of every sequence, as in decoding, is neither: `step.py` reads and writes its state once, in one launch.
+
+Favor's features and their running maximum are in favor.py, one token's too. Its sums are multiples of an exponential
+for each token.
 """
