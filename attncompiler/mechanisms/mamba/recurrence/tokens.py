@@ -160,12 +160,42 @@ def widened(x):
 
 
 @triton.jit
-def of_rows(rows, b, t0, e, inside, real, ROWS: tl.constexpr):
-    """Tokens' numbers [CT, LC] in fp32; 0 where there are none, or the token is not `real`."""
+def all_widened(numbers, ROWS: tl.constexpr):
+    """Of several tokens."""
+    found = empty()
+    for r in tl.static_range(ROWS):
+        found += (widened(numbers[r]),)
+    return found
+
+
+@triton.jit
+def loaded_rows(rows, b, t0, e, inside, real, ROWS: tl.constexpr):
+    """Tokens' numbers [CT, LC] as they are; 0 where there are none, or the token is not `real`."""
     at = rows.ptr + (b.to(tl.int64) * rows.batch + t0.to(tl.int64) * rows.token) + e
     found = empty()
     for r in tl.static_range(ROWS):
-        found += (widened(tl.load(at + r * rows.token, mask=inside & real[r], other=0.0)),)
+        found += (tl.load(at + r * rows.token, mask=inside & real[r], other=0.0),)
+    return found
+
+
+@triton.jit
+def of_rows(rows, b, t0, e, inside, real, ROWS: tl.constexpr):
+    """The same in fp32."""
+    return all_widened(loaded_rows(rows, b, t0, e, inside, real, ROWS), ROWS)
+
+
+@triton.jit
+def loaded_shared(
+    shared, b, t0, group, real, ROWS: tl.constexpr, N: tl.constexpr,
+    NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
+):  # fmt: skip
+    """Tokens' numbers of B or C [NO, NI, 1, LN, LC] as they are; 0 where the token is not `real`."""
+    at = shared.ptr + (b.to(tl.int64) * shared.batch + t0.to(tl.int64) * shared.token + group * shared.group)
+    # each thread loads what it needs, NI numbers at once: all threads together need the same few
+    n = numbers(NO, NI, LN) + tl.zeros([1, 1, 1, 1, LC], tl.int32)
+    found = empty()
+    for r in tl.static_range(ROWS):
+        found += (tl.load(at + n + r * shared.token, mask=(n < N) & real[r], other=0.0),)
     return found
 
 
@@ -174,14 +204,8 @@ def of_shared(
     shared, b, t0, group, real, ROWS: tl.constexpr, N: tl.constexpr,
     NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
 ):  # fmt: skip
-    """Tokens' numbers of B or C [NO, NI, 1, LN, LC] in fp32; 0 where the token is not `real`."""
-    at = shared.ptr + (b.to(tl.int64) * shared.batch + t0.to(tl.int64) * shared.token + group * shared.group)
-    # each thread loads what it needs, NI numbers at once: all threads together need the same few
-    n = numbers(NO, NI, LN) + tl.zeros([1, 1, 1, 1, LC], tl.int32)
-    found = empty()
-    for r in tl.static_range(ROWS):
-        found += (widened(tl.load(at + n + r * shared.token, mask=(n < N) & real[r], other=0.0)),)
-    return found
+    """The same in fp32."""
+    return all_widened(loaded_shared(shared, b, t0, group, real, ROWS, N, NO, NI, LN, LC), ROWS)
 
 
 @triton.jit
@@ -210,11 +234,16 @@ def over_channels(x):
 @triton.jit
 def stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr):
     """Of tokens the time steps Δ, and the derivatives of Δ by dt, [CT, LC], all 0 where nothing is."""
-    raws = of_rows(dt_rows, b, t0, e, inside, real, ROWS)
+    return steps_of(loaded_rows(dt_rows, b, t0, e, inside, real, ROWS), scan, bias, inside, real, SOFTPLUS, ROWS)
+
+
+@triton.jit
+def steps_of(loaded, scan, bias, inside, real, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr):
+    """The same of dt as it was loaded."""
     steps = empty()
     slopes = empty()
     for r in tl.static_range(ROWS):
-        raw = raws[r]
+        raw = widened(loaded[r])
         if scan.bias is not None:
             raw += bias
         slope = tl.where(inside & real[r], 1.0, 0.0)
