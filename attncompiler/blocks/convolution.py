@@ -90,8 +90,8 @@ class CausalConv1d(nn.Module):
 
 STREAMING = "attncompiler.blocks.streaming.convolution"
 """imported where it runs, since Triton may not be installed"""
-WIDEST = 8
-"""taps at most that it holds in registers"""
+WIDEST = 4
+"""taps at most that it holds in registers; of 8 it spills"""
 
 
 def streams(x: Tensor, weight: Tensor) -> bool:
