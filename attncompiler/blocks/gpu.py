@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -51,8 +53,14 @@ _DTYPES = frozenset(getattr(torch, name) for name in _NEEDS.dtypes)
 def _compiles(device: torch.device) -> bool:
     if device.type not in _NEEDS.device_types or torch.version.hip is not None:
         return False
-    installed = all(package in detect_environment().packages for package in _NEEDS.packages)
-    return installed and device_of(device).capability >= (_NEEDS.min_compute_capability or (0, 0))
+    if not all(package in detect_environment().packages for package in _NEEDS.packages):
+        return False
+    if device_of(device).capability < (_NEEDS.min_compute_capability or (0, 0)):
+        return False
+    why = import_module("attncompiler.blocks.launching.probe").failure(device)
+    if why is not None:  # a mechanism's chain goes on to its next kernel; what has no chain is computed by torch
+        warnings.warn(f"Triton cannot run on {device} ({why}): torch computes instead", RuntimeWarning, stacklevel=2)
+    return why is None
 
 
 def parts(whole: int, each: int) -> int:

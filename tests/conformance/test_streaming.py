@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from attncompiler.blocks import convolution, gpu, norm
 from attncompiler.blocks.convolution import CausalConv1d, causal_conv1d
 from attncompiler.blocks.gpu import Device, takes_triton
+from attncompiler.blocks.launching import probe
 from attncompiler.blocks.norm import GatedRMSNorm, rms_norm
 from attncompiler.blocks.streaming import convolution as streaming
 from attncompiler.blocks.streaming import norm as streaming_norm
@@ -383,7 +384,23 @@ def test_triton_runs_on_gpus_that_are_recent_enough(
     kind: str, capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "device_of", lambda _: Device(0, 1, capability))
+    monkeypatch.setattr(probe, "failure", lambda _: None)
     assert gpu._compiles.__wrapped__(torch.device(kind)) == runs
+
+
+def test_where_triton_cannot_compile_torch_computes_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __getitem__(self, grid: object) -> object:
+            raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(gpu, "device_of", lambda _: Device(0, 1, (9, 0)))
+    assert probe.failure(torch.device("cpu")) is None
+    monkeypatch.setattr(probe, "one_kernel", Broken())
+    why = probe.failure(torch.device("cpu"))
+    assert why == "RuntimeError: no C compiler"
+    monkeypatch.setattr(probe, "failure", lambda _: why)
+    with pytest.warns(RuntimeWarning, match="no C compiler"):
+        assert not gpu._compiles.__wrapped__(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("place", ["cpu", "meta"])

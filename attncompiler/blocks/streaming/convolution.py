@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attncompiler.blocks.gpu import Device, device_of, parts
 from attncompiler.blocks.launching.launcher import Launcher, known_by
-from attncompiler.blocks.streaming.numbers import sigmoid, silu_slope, widened
+from attncompiler.blocks.launching.numbers import sigmoid, silu_slope, widened
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attncompiler.blocks.gpu import Device, device_of, parts, power_of_2
 from attncompiler.blocks.launching.launcher import Launcher, known_by
-from attncompiler.blocks.streaming.numbers import sigmoid, silu_slope, widened
+from attncompiler.blocks.launching.numbers import sigmoid, silu_slope, widened
 
 NONE, BEFORE, AFTER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """whether there is a gate, and whether it is on before the norm or after it"""

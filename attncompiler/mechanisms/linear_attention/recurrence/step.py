@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attncompiler.blocks.gpu import parts, power_of_2
 from attncompiler.blocks.launching.launcher import Launcher, known_by
-from attncompiler.blocks.recurrence.gates import LOG2E
+from attncompiler.blocks.launching.numbers import LOG2E
 from attncompiler.blocks.recurrence.launch import Map
 from attncompiler.blocks.recurrence.passes import mapped
 from attncompiler.blocks.recurrence.step import each_head, is_real, of_row, row, there, warps_for, whole

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attncompiler.blocks.recurrence.gates import empty, sigmoid
+from attncompiler.blocks.launching.numbers import empty, sigmoid
 from attncompiler.mechanisms.mamba.recurrence.tokens import (
     channels,
     keep_states,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attncompiler.blocks.recurrence.gates import empty, sigmoid
+from attncompiler.blocks.launching.numbers import empty, sigmoid
 from attncompiler.mechanisms.mamba.recurrence.tokens import (
     LN2,
     all_widened,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attncompiler.blocks.gpu import parts, power_of_2
 from attncompiler.blocks.launching.launcher import Launcher, known_by
-from attncompiler.blocks.recurrence.gates import LOG2E, sigmoid, softplus
+from attncompiler.blocks.launching.numbers import LOG2E, sigmoid, softplus
 from attncompiler.blocks.recurrence.step import is_real, of_row, row, there, warps_for, whole
 from attncompiler.mechanisms.mamba.op import MambaOptions
 from attncompiler.mechanisms.mamba.recurrence.passes import block_of

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attncompiler.blocks.recurrence.gates import empty, softplus
+from attncompiler.blocks.launching.numbers import empty, softplus, widened
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -148,15 +148,6 @@ def of_channels(ptr, e, inside):
     if ptr is not None:
         found = tl.load(ptr + e, mask=inside, other=0.0)
     return found
-
-
-@triton.jit
-def widened(x):
-    """In fp32. bf16 by its bits, one instruction for each: the conversion has two for every second of a pair."""
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attncompiler.blocks.recurrence.gates import empty
+from attncompiler.blocks.launching.numbers import empty
 from attncompiler.blocks.recurrence.passes import per_token, tile, weighted
 from attncompiler.blocks.recurrence.weights import is_real, sums_of, weights_by
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attncompiler.blocks.gpu import parts, power_of_2
 from attncompiler.blocks.launching.launcher import Launcher, known_by
-from attncompiler.blocks.recurrence.gates import softplus
+from attncompiler.blocks.launching.numbers import softplus
 from attncompiler.mechanisms.mamba2.op import Mamba2Options
 from attncompiler.mechanisms.mamba2.recurrence.heads import Dots
 

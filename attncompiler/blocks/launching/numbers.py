@@ -1,4 +1,4 @@
-"""What numbers of a token go through before they count, in Triton, and how several are held."""
+"""Numbers one by one, in Triton: how they are widened, what they go through, and how several are held."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def empty():
     """A tuple of no tensors yet, to which they are added one after the other."""
     return ()
+
+
+@triton.jit
+def widened(x):
+    """In fp32. bf16 by its bits, one instruction for each: the conversion has two for every second of a pair."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -39,3 +48,9 @@ def sigmoid(x):
     """1 / (1 + exp(−x)), by no power of a large number; of 2, which flushes to 0 what takes four instructions more."""
     small = tl.exp2(tl.abs(x) * (-LOG2E))
     return tl.where(x < 0, small, 1.0) / (1 + small)
+
+
+@triton.jit
+def silu_slope(x, gate):
+    """The derivative of x·sigmoid(x), whose `gate` is sigmoid(x)."""
+    return gate * (1 + x * (1 - gate))
