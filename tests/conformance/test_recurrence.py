@@ -17,6 +17,7 @@ from attncompiler import ops
 from attncompiler.blocks.gpu import Device
 from attncompiler.blocks.recurrence import launch
 from attncompiler.blocks.recurrence.launch import Groups, Order, Side, Tiles, groups_for, run, tiles_for
+from attncompiler.mechanisms.mamba2.recurrence import launch as mamba2_launch
 
 SHARED_MEMORY = {(8, 0): 166912, (8, 6): 101376, (9, 0): 232448, (12, 0): 101376}
 
@@ -299,3 +300,29 @@ def test_favors_decay_that_leaves_nothing_overflows_nowhere(device: str, reset: 
     behind = performed({name: each[:, 60:] for name, each in inputs.items()}, w, "triton")
     torch.testing.assert_close(whole[0][:, 60:], behind[0])
     torch.testing.assert_close(whole[1:4], behind[1:4])
+
+
+def test_how_many_states_are_held_at_a_time_changes_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mamba-2's gradients go through a sequence in segments, whose states share one buffer."""
+    T = 8192 if device == "cuda" else 130
+    generator = torch.Generator().manual_seed(T)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device).requires_grad_()
+
+    leaves = [drawn(1, T, 2, 16), drawn(1, T, 2), drawn(2), drawn(1, T, 1, 16), drawn(1, T, 1, 16), drawn(2)]
+    x, dt, A, B, C, D = leaves
+    grad = torch.randn(1, T, 2, 16, generator=generator).to(device)
+    found = []
+    for some in (1, 1000):
+
+        def cut(groups: Groups, each: int, held: int, some: int = some) -> list[tuple[int, int]]:
+            assert groups.count > 2
+            begins = range(0, groups.count, some)
+            return [(begin, min(begin + some, groups.count)) for begin in begins]
+
+        monkeypatch.setattr(mamba2_launch, "segments", cut)
+        out = ops.ssd(x, dt, -A.exp(), B, C, D, kernel="triton")
+        assert isinstance(out, torch.Tensor)
+        found.append(torch.autograd.grad(out, leaves, grad))
+    assert all(map(torch.equal, *found))

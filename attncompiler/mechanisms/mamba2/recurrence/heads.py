@@ -183,10 +183,9 @@ def columns_kernel(
             gained = weighted(tl.dot(columns, state, input_precision=PRECISION), leaves[:, None], RUNS)
             wide = given.to(tl.float32)
             ends += tl.sum(wide * gained, 1)
-            # apart: of a product that goes on into another, eight warps would compute everything twice
-            within = tl.dot(met, grad, input_precision=PRECISION)
-            gave += tl.sum(wide * within, 1)
-            gained = gained * step[:, None] + within * step[:, None]
+            gained = tl.dot(met, grad, gained, input_precision=PRECISION)
+            gave += tl.sum(wide * gained, 1)
+            gained *= step[:, None]
             if skip.ptr is not None:
                 gained += shares[block][None, :] * grad.to(tl.float32)
             if dots.skipped is not None:
@@ -197,7 +196,7 @@ def columns_kernel(
             found = tl.dot(leaving, tl.trans(state), found, input_precision=PRECISION)
         at = both.to(tl.int64) * T + t
         tl.store(dots.ends + at, ends * step, mask=t < T)
-        tl.store(dots.given + at, gave + ends, mask=t < T)
+        tl.store(dots.given + at, gave, mask=t < T)
         if dots.skipped is not None:
             tl.store(dots.skipped + at, skipped, mask=t < T)
         after = b * H + tl.minimum(h + 1, begin + heads - 1)

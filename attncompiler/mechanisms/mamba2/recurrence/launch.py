@@ -29,7 +29,7 @@ from attncompiler.mechanisms.mamba2.recurrence.states import states_kernel
 STATES, ROWS, COLUMNS = Launcher(states_kernel), Launcher(rows_kernel), Launcher(columns_kernel)
 
 HELD = 2**28
-"""bytes of states that are held at a time, at most, where a group of chunks has no more"""
+"""bytes of states that are held at a time, about"""
 PROGRAMS = 2
 """for each multiprocessor, before a program takes all heads of a group"""
 
@@ -60,19 +60,17 @@ def shapes(device: Device, dtype: torch.dtype, N: int, P: int, most: int) -> tup
     wide = max(16, power_of_2(N))
     if device.interpreted:
         return replace(along, tokens=tokens), Tiles(tokens, along.width, 4, 1)
-    width = min(max(16, power_of_2(P)), 32 if dtype == torch.bfloat16 else 16)
-    itemsize = 2 if dtype == torch.bfloat16 else 4
-    stages = 2 if dtype == torch.bfloat16 else 1
-    while (
-        stages > 1 and itemsize * (stages * (2 * tokens + wide) * width + 2 * tokens * wide) > device.shared_memory // 2
-    ):
-        stages -= 1
-    return replace(along, tokens=tokens), Tiles(tokens, width, 4 if dtype == torch.bfloat16 else 8, stages)
+    if dtype != torch.bfloat16:
+        return replace(along, tokens=tokens), Tiles(tokens, min(max(16, power_of_2(P)), 16), 8, 1)
+    width = min(max(16, power_of_2(P)), 32)
+    ahead = 2 * (2 * (2 * tokens + wide) * width + 2 * tokens * wide)  # bytes, with the next head's on their way
+    stages = 2 if ahead <= device.shared_memory // 2 else 1
+    return replace(along, tokens=tokens), Tiles(tokens, width, 4, stages)
 
 
-def segments(groups: Groups, T: int, each: int) -> Iterator[tuple[int, int]]:
-    """Groups, from one to before another, of which about HELD bytes of states are held at a time, `each` a chunk."""
-    wanted = max(1, round(groups.count * groups.chunks * each / HELD))
+def segments(groups: Groups, each: int, held: int) -> Iterator[tuple[int, int]]:
+    """Groups, from one to before another, of which about so many bytes of states are held, `each` of a chunk."""
+    wanted = max(1, round(groups.count * groups.chunks * each / held))
     some = parts(groups.count, wanted)
     for begin in range(0, groups.count, some):
         yield begin, min(begin + some, groups.count)
@@ -122,11 +120,11 @@ def gradients(
             return None
         count = groups.count - 1
         found, kept = torch.empty(B, H, count, M, **wide), torch.empty(B, H, count, **wide)
-        _states(y, u, weight, None, found, kept, None, None, None, count, 0, count, 0, chunks, reverse)
+        walk(y, u, weight, None, found, kept, None, None, None, count, 0, count, 0, chunks, reverse)
         CARRY((B * H, parts(M, 1024)), (known, reverse), found, kept, state, count, M, 1024)
         return found
 
-    def _states(
+    def walk(
         y: int, u: int, weight: Tensor | None, initial: Tensor | None, states: Tensor | None, kept: Tensor | None,
         held: Tensor | None, passing: Tensor | None, final: Tensor | None, count: int, offset: int, some: int,
         first: int, holds: int, reverse: bool,
@@ -155,13 +153,14 @@ def gradients(
     initial = torch.empty(B, H, M, **wide)
     each = B * H * M * held_type.itemsize
     space: Tensor | None = None
-    for begin, stop in segments(groups, T, each):
+    held_bytes = each * groups.chunks if device.interpreted else HELD  # short sequences have several segments too
+    for begin, stop in segments(groups, each, held_bytes):
         first, last = begin * groups.chunks, min(stop * groups.chunks, chunks)
         count = last - first
         if space is None:  # the first segment is the longest
             space = torch.empty(B * count * H * M, dtype=held_type, device=x.device)
         held = space[: B * count * H * M]
-        _states(
+        walk(
             1, 0, factor, start, before, None, held, None, None, groups.count, begin, stop - begin, first, count, False
         )
         sizes = T, H, B * H * T, first, count, sets
@@ -169,7 +168,7 @@ def gradients(
         warps = {"num_warps": across.num_warps, "num_stages": across.num_stages}
         grid = (B * count * G * sets,)
         ROWS(grid, (known, "rows"), *sides, times, factor, held, dots, dc, part, *sizes, *constants, **warps)
-        _states(
+        walk(
             2, 3, None, end, behind, None, held, passing, initial, groups.count, groups.count - stop, stop - begin,
             first, count, True,
         )  # fmt: skip
