@@ -45,7 +45,7 @@ class Result(NamedTuple):
     """(B, T, H): Σ_c w x·y, plus eps and as the divisor of `out` where it is normalised"""
     dots: Any
     """(2, blocks of W, B, H, T): the raw operand times what the state gives of out; and, not in reverse, the pairs of a
-    chunk that have the token behind them and their row ahead"""
+    chunk that pass the token: their column is behind it, and their row is not"""
     factor: Any
     """(B, H, T): what a token's numbers are multiplied by in `out`, fp32"""
     levels: Any
@@ -263,9 +263,9 @@ def pass_kernel(
                 if not REVERSE:
                     # summed as they are, and not by row less by column: those two are large where they nearly cancel
                     products = tl.dot(features.to(DTYPE), tl.trans(summed), input_precision=PRECISION)
-                    upto = tl.where(o[:, None] <= o[None, :], 1.0, 0.0).to(DTYPE)
+                    upto = tl.where(o[:, None] < o[None, :], 1.0, 0.0).to(DTYPE)
                     upto = tl.dot((pairs * products).to(DTYPE), upto, input_precision=PRECISION)
-                    tl.store(at, tl.sum(tl.where(o[:, None] > o[None, :], upto, 0.0), 0), mask=t < T)
+                    tl.store(at, tl.sum(tl.where(o[:, None] >= o[None, :], upto, 0.0), 0), mask=t < T)
             found = tl.dot(pairs.to(DTYPE), summed, found, input_precision=PRECISION)
             if SLOPE != "none":
                 found *= slope(tile(raw, b, h, t, first, real, W, BLOCK_W, WHOLE).to(tl.float32), SLOPE)

@@ -254,6 +254,5 @@ def _gradients(
     }
     if call.decayed:
         met = None if start is None else (start * dk.final).sum(-1)
-        log_decay = decay_gradient(dq, dk, met, call.T, order.runs)
-        found["log_decay"] = log_decay if call.real is None else log_decay.masked_fill(~call.real[..., None], 0)
+        found["log_decay"] = decay_gradient(dq, dk, met, order)
     return found
