@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +22,7 @@ from attncompiler.targets.detect import Environment
 from attncompiler.targets.target import Target
 
 Value = bool | int | float | str | None
+Direction = Literal["forward", "backward"]
 
 NOT_BUILT = "not built in this version of attncompiler"
 """what is said of names and options that the grammar knows and this version does not have"""
@@ -92,6 +94,46 @@ ANY = None
 
 
 @dataclass(frozen=True, slots=True)
+class Wrong:
+    """Calls that some versions of a package compute wrong, or that were never checked with them."""
+
+    package: str
+    """import name, or a distribution's own name"""
+    since: tuple[int, ...]
+    before: tuple[int, ...]
+    because: str
+    feature: str | None = None
+    """what such a call asks for; None: any call"""
+    compute_capability: int | None = None
+    """the devices, by the first number of theirs; None: all"""
+    backward: bool = False
+    """whether it is the backward alone that is refused"""
+
+    def refuses(
+        self, request: Request, target: Target, environment: Environment | None, direction: Direction
+    ) -> str | None:
+        """What is said of such a call; None of another, and where it is not known what is installed."""
+        version = environment.packages.get(self.package) if environment is not None else None
+        if version is None or not self.since <= version_numbers(version) < self.before:
+            return None
+        if self.feature is not None and request.features.get(self.feature) in (None, False, 0, "none"):
+            return None
+        if self.compute_capability not in (None, (target.compute_capability or (0, 0))[0]):
+            return None
+        if self.backward and direction != "backward":
+            return None
+        what = "the call" if self.feature is None else self.feature
+        return f"{what}{' backward' if self.backward else ''} with {self.package} {version}: {self.because}"
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version, without what may follow them: "3.7.0+git1" and "3.7" are (3, 7, 0)."""
+    found = [re.match(r"\d*", part) for part in version.partition("+")[0].split(".")[:3]]
+    numbers = [int(each.group() or 0) if each else 0 for each in found]
+    return (*numbers, *[0] * (3 - len(numbers)))
+
+
+@dataclass(frozen=True, slots=True)
 class Needs:
     """What a kernel needs, as data."""
 
@@ -104,6 +146,8 @@ class Needs:
     """import name, or a distribution's own name → the command that installs it"""
     known: Mapping[str, str] = field(default_factory=dict)
     """feature that is not offered, or not at every value → what is known of it, said with the refusal"""
+    wrong: tuple[Wrong, ...] = ()
+    """what of it is refused with versions of packages"""
     on: Mapping[str, Needs] = field(default_factory=dict)
     """device type → all that is needed there, of a kernel that is another one on that device"""
     interpreted: tuple[str, ...] = ()
@@ -170,9 +214,16 @@ def load_entry(entry: str) -> Any:
 
 
 def refusals(
-    kernel: Kernel, request: Request, target: Target, environment: Environment | None = None
+    kernel: Kernel,
+    request: Request,
+    target: Target,
+    environment: Environment | None = None,
+    direction: Direction = "forward",
 ) -> tuple[Refusal, ...]:
     """Every reason why `kernel` cannot serve `request` on `target`; empty when it can.
+
+    What a backward alone is refused for counts in that direction: a plan is of forwards, and where a kernel of its
+    chain does not serve the backward of a call, that goes on to the next.
 
     With `environment=None` (a listed target that is not this machine) only target and option refusals count, so
     that the plan for a listed target does not depend on where it was made.
@@ -192,6 +243,10 @@ def refusals(
         for package, install in needs.packages.items():
             if package not in environment.packages:
                 found.append(Refusal("environment", f"{package} is not installed: {install}"))
+    for wrong in needs.wrong:
+        refused = wrong.refuses(request, target, environment, direction)
+        if refused is not None:
+            found.append(Refusal("environment", f"{kernel.name} does not offer {refused}"))
     return tuple(found)
 
 

@@ -17,6 +17,7 @@ from attncompiler.blocks.autocast import no_autocast
 from attncompiler.errors import InputError, KernelError, fail
 from attncompiler.measured import Order, entries, walked
 from attncompiler.mechanisms.base import (
+    Direction,
     Kernel,
     Mechanism,
     Refusal,
@@ -55,13 +56,18 @@ _decided: dict[Any, tuple[Decision, ...]] = {}
 
 
 def _decisions(
-    operator: Operator, chosen: tuple[str, ...], inputs: Tensors, options: Any, device: torch.device, direction: str
+    operator: Operator,
+    chosen: tuple[str, ...],
+    inputs: Tensors,
+    options: Any,
+    device: torch.device,
+    direction: Direction,
 ) -> tuple[Decision, ...]:
     """What is to be said of each kernel that a call may run on, best first: those `chosen`, or by the mechanism's own
     order. Calls alike in all but values are asked about once: to ask takes longer than to launch a kernel."""
     mechanism = discover()[operator.name]
     alike = tuple((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items())
-    key = mechanism, device, chosen or direction, options, alike
+    key = mechanism, device, chosen, direction, options, alike
     found = _decided.get(key)
     if found is None:
         if len(_decided) >= MOST_DECIDED:
@@ -77,14 +83,14 @@ def _decide(
     inputs: Tensors,
     options: Any,
     device: torch.device,
-    direction: str,
+    direction: Direction,
 ) -> Iterator[Decision]:
     request, (target, environment) = operator.request(inputs, options), _machine(device)
 
     @cache
     def decided(name: str) -> Decision:
         kernel = mechanism.kernel(name)
-        return name, kernel, () if kernel is None else refusals(kernel, request, target, environment)
+        return name, kernel, () if kernel is None else refusals(kernel, request, target, environment, direction)
 
     if chosen:
         yield from map(decided, chosen)
@@ -115,7 +121,7 @@ def _order(
     return auto_order(mechanism, device.type, request.features, known, bucket, serves)
 
 
-def chain(operator: Operator, inputs: Tensors, options: Any, direction: str = "forward") -> tuple[str, ...]:
+def chain(operator: Operator, inputs: Tensors, options: Any, direction: Direction = "forward") -> tuple[str, ...]:
     """The kernels that would serve a call of the operator without a site, the one that is tried first at the head."""
     device = inputs[operator.inputs[0]].device
     decisions = _decisions(operator, options.kernel, inputs, options, device, direction)
@@ -127,7 +133,7 @@ def _walk(
     handle: int,
     inputs: Tensors,
     options: Any,
-    direction: str,
+    direction: Direction,
     call: Callable[[Implementation], dict[str, Tensor] | None],
 ) -> dict[str, Tensor]:
     device = inputs[operator.inputs[0]].device

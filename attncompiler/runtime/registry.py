@@ -11,12 +11,9 @@ import secrets
 import threading
 import weakref
 from collections import Counter
-from typing import Literal
 
 from attncompiler.mechanisms.base import Refusal
 from attncompiler.runtime.context import Chain
-
-Direction = Literal["forward", "backward"]
 
 
 class Record:

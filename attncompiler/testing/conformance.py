@@ -65,10 +65,10 @@ def prepared(case: Case, dtype: torch.dtype, device: str = "cpu") -> Case:
 
 
 def refusals_of(kernel: Kernel, case: Case) -> tuple[Refusal, ...]:
-    """Why `kernel` refuses this prepared case on this machine; empty when it serves it."""
+    """Why `kernel` refuses this prepared case on this machine, or its backward; empty when it serves both."""
     request = case.operator.request(case.tensors, case.options)
     target = detect_target(_device(case).type)
-    return refusals(kernel, request, target, detect_environment())
+    return refusals(kernel, request, target, detect_environment(), "backward")
 
 
 def dtypes_of(kernel: Kernel, device: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from attncompiler.bench.attention.inputs import Inputs
 from attncompiler.bench.attention.rows import Row
 from attncompiler.bench.grid import ours
 from attncompiler.bench.grid.contestants import Call, Contestant
-from attncompiler.mechanisms.base import Mechanism
+from attncompiler.mechanisms.base import Direction, Mechanism
 from attncompiler.ops import attention
 
 NAME = "attention"
@@ -45,7 +45,7 @@ def member(name: str) -> Contestant:
     return Contestant(name, "member", prepare)
 
 
-def planned(inputs: Inputs, direction: str = "forward") -> tuple[str, ...]:
+def planned(inputs: Inputs, direction: Direction = "forward") -> tuple[str, ...]:
     """The kernels that `kernel="auto"` would try for this row, the first of which it runs."""
     tensors = dict(zip("qkv", inputs.qkv, strict=True)) | inputs.masks
     return ours.planned(NAME, tensors, {"pattern": dict(inputs.row.pattern)}, direction)

@@ -12,6 +12,7 @@ from attncompiler.bench.grid.cells import Count, Measured, Way
 from attncompiler.bench.grid.contestants import Contestant, Inputs
 from attncompiler.bench.grid.rows import Row
 from attncompiler.bench.grid.units import Unit
+from attncompiler.mechanisms.base import Direction
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Bench:
     """device type → the peers there; one that cannot take part says so when it is asked"""
     auto: Contestant
     """our operator as users call it, by the kernel or the pair of kernels that it chooses"""
-    planned: Callable[[Any, str], tuple[str, ...]]
+    planned: Callable[[Any, Direction], tuple[str, ...]]
     """(inputs, direction) → the kernels that `auto` would try, the first of which it runs"""
     count: Callable[[Any, int], Count]
     """(row, bytes of an element) → what it comes to"""

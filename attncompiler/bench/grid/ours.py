@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from attncompiler.bench.grid.contestants import Contestant
-from attncompiler.mechanisms.base import Mechanism, Value, discover, load_entry
+from attncompiler.mechanisms.base import Direction, Mechanism, Value, discover, load_entry
 from attncompiler.runtime import dispatch
 from attncompiler.runtime.operator import Operator
 
@@ -25,15 +25,23 @@ def operator(name: str) -> Operator:
 
 
 def members(
-    name: str, device_type: str, features: Mapping[str, Value], member: Callable[[str], Contestant]
+    name: str,
+    device_type: str,
+    features: Mapping[str, Value],
+    member: Callable[[str], Contestant],
+    peers: Collection[str] = (),
 ) -> tuple[Contestant, ...]:
-    """A contestant, made by `member`, for each kernel of a mechanism's chain that is built, in its order."""
+    """A contestant, made by `member`, for each kernel of a mechanism's chain that is built, in its order.
+
+    But for a library's whose own call is among the `peers`, under the same name.
+    """
     known = mechanism(name)
-    return tuple(member(kernel) for kernel in known.order(device_type, features) if known.kernel(kernel) is not None)
+    order = [kernel for kernel in known.order(device_type, features) if kernel not in peers]
+    return tuple(member(kernel) for kernel in order if known.kernel(kernel) is not None)
 
 
 def planned(
-    name: str, tensors: Mapping[str, Tensor], options: Mapping[str, Any], direction: str = "forward"
+    name: str, tensors: Mapping[str, Tensor], options: Mapping[str, Any], direction: Direction = "forward"
 ) -> tuple[str, ...]:
     """The kernels that `kernel="auto"` would try on an operator's tensors, the first of which it runs."""
     asked = operator(name)

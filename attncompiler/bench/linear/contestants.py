@@ -9,6 +9,7 @@ from attncompiler.bench.grid import linear_time, ours
 from attncompiler.bench.grid.contestants import Call, Contestant
 from attncompiler.bench.linear.inputs import Inputs
 from attncompiler.bench.linear.rows import Row
+from attncompiler.mechanisms.base import Direction
 from attncompiler.ops import linear_attention
 
 NAME = "linear_attention"
@@ -18,7 +19,8 @@ EAGER_TOKENS = 2048
 
 def members(device_type: str, row: Row) -> tuple[Contestant, ...]:
     """A contestant for each kernel of the chain that is built, in the mechanism's order."""
-    return ours.members(NAME, device_type, {"decay": row.decay, "feature_map": row.feature_map}, member)
+    asked = {"decay": row.decay, "feature_map": row.feature_map}
+    return ours.members(NAME, device_type, asked, member, peers=("fla",))
 
 
 def member(name: str) -> Contestant:
@@ -36,6 +38,6 @@ def _prepare(inputs: Any, kernel: str) -> Call:
     return Call(lambda: run(initial_state=state, return_state=True)[0], inputs.leaves)
 
 
-def planned(inputs: Inputs, direction: str = "forward") -> tuple[str, ...]:
+def planned(inputs: Inputs, direction: Direction = "forward") -> tuple[str, ...]:
     """The kernels that `kernel="auto"` would try for this row, the first of which it runs."""
     return ours.planned(NAME, inputs.tensors, inputs.row.options, direction)

@@ -10,6 +10,7 @@ from attncompiler.bench.grid import linear_time, ours
 from attncompiler.bench.grid.contestants import Call, Contestant
 from attncompiler.bench.mamba.inputs import Inputs
 from attncompiler.bench.mamba.rows import Row
+from attncompiler.mechanisms.base import Direction
 
 EAGER_TOKENS = 256
 """the longest sequence that the references are timed at: their backward of each step is as long as it"""
@@ -17,7 +18,7 @@ EAGER_TOKENS = 256
 
 def members(device_type: str, row: Row) -> tuple[Contestant, ...]:
     """A contestant for each kernel of the row's chain that is built, in its mechanism's order."""
-    return ours.members(row.mechanism, device_type, {}, member)
+    return ours.members(row.mechanism, device_type, {}, member, peers=("mamba_ssm",))
 
 
 def member(name: str) -> Contestant:
@@ -35,6 +36,6 @@ def _prepare(inputs: Any, kernel: str) -> Call:
     return Call(lambda: run(return_state=True)[0], inputs.leaves)
 
 
-def planned(inputs: Inputs, direction: str = "forward") -> tuple[str, ...]:
+def planned(inputs: Inputs, direction: Direction = "forward") -> tuple[str, ...]:
     """The kernels that `kernel="auto"` would try for this row, the first of which it runs."""
     return ours.planned(inputs.row.mechanism, inputs.tensors, {}, direction)

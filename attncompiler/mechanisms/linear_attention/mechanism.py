@@ -19,6 +19,7 @@ from attncompiler.mechanisms.base import (
     Policy,
     Size,
     Value,
+    Wrong,
     needs_of_triton,
 )
 from attncompiler.mechanisms.rope import RopeParameters, rope_faults, rotary_width_faults
@@ -127,6 +128,46 @@ KERNELS = (
         entry="attncompiler.mechanisms.linear_attention.kernels.triton:KERNEL",
         needs=needs_of_triton({**OFFERED, "width": AtMost(256)}),
         summary="built-in passes of the recurrence, in chunks and groups of them: memory linear in the length",
+    ),
+    Kernel(
+        name="fla",
+        entry="attncompiler.mechanisms.linear_attention.kernels.fla:KERNEL",
+        needs=Needs(
+            features={
+                "feature_map": OneOf("elu", "relu", "identity"),
+                "normalize": ANY,
+                "decay": ANY,
+                "width": AtMost(256),
+                "initial_state": ANY,
+            },
+            device_types=("cuda",),
+            dtypes=("bfloat16",),  # it keeps states between chunks in the keys' dtype, and sums overflow in fp16
+            vendor="nvidia",
+            min_compute_capability=(8, 0),
+            packages={"fla": "pip install flash-linear-attention"},
+            known={
+                "feature_map": "it has no running maximum for features that are exponentials",
+                "bidirectional": "it is causal",
+                "segments": "they need a host read of their lengths",
+                "padding": "it has no mask",
+                "deterministic": "its tiles are timed anew in every process",
+            },
+            wrong=(
+                Wrong(
+                    "fla", (0, 0, 0), (0, 6, 0), "only 0.6.0 and later were read; early ones have heads before tokens"
+                ),
+                Wrong(
+                    "triton",
+                    (3, 4, 0),
+                    (3, 7, 1),
+                    "on Hopper its gradients are wrong (flash-linear-attention #640)",
+                    feature="decay",
+                    compute_capability=9,
+                    backward=True,
+                ),
+            ),
+        ),
+        summary="flash-linear-attention's chunks in Triton: causal, with decays and states, of features made in torch",
     ),
     Kernel(
         name="chunkwise",

@@ -96,6 +96,27 @@ KERNELS = (
         summary="the built-in scan, its states in registers, in groups of tokens beside each other; memory linear in T",
     ),
     Kernel(
+        name="mamba_ssm",
+        entry="attncompiler.mechanisms.mamba.kernels.mamba_ssm:KERNEL",
+        needs=Needs(
+            features={"gate": ANY, "width": AtMost(256), "groups": ANY},
+            device_types=("cuda",),
+            dtypes=("bfloat16", "float16"),
+            vendor="nvidia",
+            min_compute_capability=(8, 0),
+            packages={
+                "selective_scan_cuda": "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm --no-build-isolation",
+            },
+            known={
+                "segments": "its scan has no boundaries",
+                "padding": "it has no mask",
+                "initial_state": "its scan begins with nothing",
+                "deterministic": "its gradients of A, B and C are added up in any order",
+            },
+        ),
+        summary="mamba-ssm's scan in CUDA, channels first: whole sequences from their beginning",
+    ),
+    Kernel(
         name="chunkwise",
         entry="attncompiler.mechanisms.mamba.kernels.chunkwise:KERNEL",
         needs=Needs(features=OFFERED),

@@ -15,11 +15,13 @@ from attncompiler.mechanisms.base import (
     Fault,
     Kernel,
     Mechanism,
+    MixerSize,
     Needs,
     OneOf,
     Policy,
     Size,
     Value,
+    Wrong,
     needs_of_triton,
 )
 
@@ -79,6 +81,30 @@ def features(policy: Mamba2Policy, model: Any) -> Mapping[str, Value]:
     }
 
 
+LIBRARY_CHUNKS = (64, 128, 256)
+"""numbers of tokens that mamba-ssm takes as a chunk: its own tests have the first two, its layers the last"""
+
+
+def library_chunk(chunk_size: int) -> int:
+    """The largest of them that is no more than asked for, or the least."""
+    return max((size for size in LIBRARY_CHUNKS if size <= chunk_size), default=LIBRARY_CHUNKS[0])
+
+
+def elements(x: tuple[int, ...], groups: int, state: int, chunk_size: int) -> int:
+    """How many numbers the largest tensor has that mamba-ssm makes of x (B, T, H, P): one like x, B or C, the states
+    of all chunks, or the products of each chunk's B and C."""
+    B, T, H, P = x
+    chunk = library_chunk(chunk_size)
+    chunks = -(-T // chunk)
+    return B * max(T * H * P, T * groups * state, chunks * H * P * state, chunks * groups * chunk**2)
+
+
+def sized(policy: Mamba2Policy, size: MixerSize) -> Mapping[str, Value]:
+    """How large tensors become."""
+    x = (size.batch, size.seq_len, policy.heads(size.hidden_size), policy.head_dim)
+    return {"elements": elements(x, policy.n_groups, policy.state_size, policy.chunk_size)}
+
+
 def relations(policy: Mamba2Policy, model: Any) -> Iterator[Fault]:
     """Numbers of channels, heads and groups that do not fit together, and ranges that are empty."""
     channels = policy.channels(model.hidden_size)
@@ -104,7 +130,7 @@ def relations(policy: Mamba2Policy, model: Any) -> Iterator[Fault]:
         yield Fault(("norm_before_gate",), "norm_before_gate needs the norm: rms_norm is false", "E105")
 
 
-GPU = ("mamba_ssm", "triton", "chunkwise", "eager", "host")
+GPU = ("triton", "mamba_ssm", "chunkwise", "eager", "host")
 CPU = ("chunkwise", "eager")
 
 
@@ -119,6 +145,7 @@ OFFERED: Mapping[str, OneOf | AtMost | None] = {
     "dt_limit": ANY,
     "skip_per_channel": ANY,
     "width": ANY,
+    "elements": ANY,
     "segments": ANY,
     "padding": ANY,
     "initial_state": ANY,
@@ -131,6 +158,34 @@ KERNELS = (
         entry="attncompiler.mechanisms.mamba2.kernels.triton:KERNEL",
         needs=needs_of_triton({**OFFERED, "width": AtMost(256)}),
         summary="built-in passes of the recurrence, in chunks and groups of them: memory linear in the length",
+    ),
+    Kernel(
+        name="mamba_ssm",
+        entry="attncompiler.mechanisms.mamba2.kernels.mamba_ssm:KERNEL",
+        needs=Needs(
+            features={
+                "gate": ANY,
+                "groups": ANY,
+                "dt_limit": ANY,
+                "skip_per_channel": ANY,
+                "width": AtMost(256),
+                "elements": AtMost(2**31 - 1),
+                "segments": ANY,
+                "initial_state": ANY,
+            },
+            device_types=("cuda",),
+            dtypes=("bfloat16",),  # it keeps states between chunks in C's dtype, and they overflow in fp16
+            vendor="nvidia",
+            min_compute_capability=(8, 0),
+            packages={"mamba_ssm": "pip install mamba-ssm --no-build-isolation"},
+            known={
+                "elements": "it counts a tensor's elements in 32 bits",
+                "padding": "it has no mask",
+                "deterministic": "its gradients of A, D and the time steps are added up in any order",
+            },
+            wrong=(Wrong("mamba_ssm", (0, 0, 0), (2, 0, 0), "state space duality came with 2.0"),),
+        ),
+        summary="mamba-ssm's passes in Triton, and its update of a state for one token",
     ),
     Kernel(
         name="chunkwise",
@@ -161,4 +216,5 @@ MECHANISM = Mechanism(
     reference="attncompiler.mechanisms.mamba2.reference:ssd",
     cases="attncompiler.mechanisms.mamba2.cases:CASES",
     relations=relations,
+    sized=sized,
 )

@@ -13,6 +13,7 @@ from attncompiler.blocks.autocast import autocast
 from attncompiler.errors import InputError, fail
 from attncompiler.mechanisms.base import Value
 from attncompiler.mechanisms.mamba2.cost import operator_flops
+from attncompiler.mechanisms.mamba2.mechanism import elements
 from attncompiler.runtime.implementation import Tensors
 from attncompiler.runtime.inputs import (
     boolean_mask,
@@ -44,7 +45,7 @@ def _fake(inputs: Tensors, options: Mamba2Options) -> dict[str, Tensor]:
 
 
 def _features(inputs: Tensors, options: Mamba2Options) -> Mapping[str, Value]:
-    groups = inputs["b"].shape[2]
+    x, (groups, state) = inputs["x"], inputs["b"].shape[2:]
     return {
         "gate": "z" in inputs,
         "groups": groups if groups > 1 else None,
@@ -53,7 +54,8 @@ def _features(inputs: Tensors, options: Mamba2Options) -> Mapping[str, Value]:
         "segments": "segment_ids" in inputs,
         "padding": "attention_mask" in inputs,
         "initial_state": "initial_state" in inputs,
-        "width": max(inputs["x"].shape[3], inputs["b"].shape[3]),
+        "width": max(x.shape[3], state),
+        "elements": elements(tuple(x.shape), groups, state, options.chunk_size),
     }
 
 
@@ -103,7 +105,8 @@ def ssd(
         h[t] = exp(Δ[t]·A) h[t−1] + Δ[t]·x[t] B[t]ᵀ;  out = (h C + D·x) · silu(z)
 
     Head h reads group h div (H div G) of B and C. `dt_softplus=False` clamps dt + dt_bias itself. `chunk_size` is the
-    most tokens a kernel may take as one chunk, or the fewest it can (16 for triton); results do not depend on it.
+    most tokens a kernel may take as one chunk, or the fewest it can (16 for triton, 64 for mamba_ssm); results do not
+    depend on it.
     `initial_state` (B, H, P, N) is h before the first token, else 0; `return_state` also gives h after the last. A, D,
     dt_bias and the states are fp32 (fp64 for fp64 inputs) whatever the dtype, and both states are differentiable.
 
