@@ -23,6 +23,8 @@ from attncompiler.targets.target import Target
 
 Value = bool | int | float | str | None
 Direction = Literal["forward", "backward"]
+NOTHING: tuple[Value, ...] = (None, False, 0, "", "none")
+"""values of a feature that ask for nothing"""
 
 NOT_BUILT = "not built in this version of attncompiler"
 """what is said of names and options that the grammar knows and this version does not have"""
@@ -116,7 +118,7 @@ class Wrong:
         version = environment.packages.get(self.package) if environment is not None else None
         if version is None or not self.since <= version_numbers(version) < self.before:
             return None
-        if self.feature is not None and request.features.get(self.feature) in (None, False, 0, "none"):
+        if self.feature is not None and request.features.get(self.feature) in NOTHING:
             return None
         if self.compute_capability not in (None, (target.compute_capability or (0, 0))[0]):
             return None
@@ -146,6 +148,8 @@ class Needs:
     """import name, or a distribution's own name → the command that installs it"""
     known: Mapping[str, str] = field(default_factory=dict)
     """feature that is not offered, or not at every value → what is known of it, said with the refusal"""
+    forward_only: Mapping[str, str] = field(default_factory=dict)
+    """feature that its backward does not offer → why"""
     wrong: tuple[Wrong, ...] = ()
     """what of it is refused with versions of packages"""
     on: Mapping[str, Needs] = field(default_factory=dict)
@@ -174,7 +178,7 @@ class Needs:
 
     def refuse(self, feature: str, value: Value) -> str | None:
         """What is said of a feature's value that is not offered; None where it is, or where it asks for nothing."""
-        if not value or value == "none":
+        if value in NOTHING:
             return None
         because = f": {self.known[feature]}" if feature in self.known else ""
         if feature not in self.features:
@@ -239,6 +243,9 @@ def refusals(
         refused = needs.refuse(name, value)
         if refused is not None:
             found.append(Refusal("option", f"{kernel.name} does not offer {refused}"))
+    for name, because in needs.forward_only.items() if direction == "backward" else ():
+        if request.features.get(name) not in NOTHING:
+            found.append(Refusal("option", f"{kernel.name} does not offer {name} backward: {because}"))
     if environment is not None:
         for package, install in needs.packages.items():
             if package not in environment.packages:

@@ -243,8 +243,7 @@ def selective_state_update(
     """mamba-ssm's: the state (B, H, P, N) in place."""
     assert D is not None
     assert dt_bias is not None, "it reads its strides"
-    if min(A.shape[1:]) > 1:
-        assert A.stride()[1:] == (0, 0)
+    if min(A.shape[1:]) > 1 and A.stride()[1:] == (0, 0):
         assert dt.stride(-1) == dt_bias.stride(-1) == 0, "one for all of a head's channels"
     assert dt.shape == x.shape == (x.shape[0], *D.shape)
     B, C = (each.float().repeat_interleave(x.shape[1] // each.shape[1], 1)[:, :, None] for each in (B, C))
@@ -421,6 +420,41 @@ def test_one_token_of_mamba2_is_an_update_of_its_state(libraries: Any, monkeypat
     assert asked == ["ssd_combined"]
 
 
+@pytest.mark.parametrize("which", [MAMBA, MAMBA2], ids="-".join)
+def test_one_token_behind_a_state_is_the_references(which: tuple[str, str], libraries: Any, for_cases: Any) -> None:
+    """Mamba's scan begins with nothing, and its update of a state has no backward: that goes to the next of a chain."""
+    mechanism, kernel = parts(which)
+    implementation: Implementation = load_entry(kernel.entry)
+    calls = []
+
+    def check(case: Case, seed: int) -> None:
+        case = nearer(which, case).map(lambda tensor, axis: tensor.narrow(axis, 0, 1).contiguous())
+        case = case.given(segment_ids=None)
+        shape = case.operator.fake(case.tensors, case.options)["final_state"].shape
+        generator = torch.Generator().manual_seed(seed)
+        case = case.given(initial_state=torch.randn(shape, generator=generator, dtype=torch.float64))
+        case = prepared(case, torch.float32)
+        request = replace(case.operator.request(case.tensors, case.options), dtype=None)
+        refused = refusals(kernel, request, targets.get("h100"), environment(), "backward")
+        assert [str(each) for each in refused] == (
+            ["mamba_ssm does not offer initial_state backward: its update of a state has none"]
+            if which == MAMBA
+            else []
+        )
+        assert refusals(kernel, request, targets.get("h100"), environment()) == ()
+        assert implementation.forward is not None
+        before = case.tensors["initial_state"].clone()
+        found = implementation.forward(case.tensors, case.options)
+        assert torch.equal(before, case.tensors["initial_state"])
+        exact = load_entry(mechanism.reference)(prepared(case, torch.float64).tensors, case.options)
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, exact[name].float(), rtol=1e-4, atol=1e-4)
+        calls.append(case)
+
+    for_cases(check, load_entry(mechanism.cases).draw(), st.integers(0, 99), share=5)
+    assert calls
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -479,7 +513,7 @@ REFUSED: list[tuple[tuple[str, str], dict[str, Any], dict[str, Any], str]] = [
     (FLA, {"dtype": torch.float32}, {}, "fla does not take float32"),
     (MAMBA, SEGMENTS, {}, "mamba_ssm does not offer segments: its scan has no boundaries"),
     (MAMBA, PADDING, {}, "padding: it has no mask"),
-    (MAMBA, {"initial_state": torch.zeros(2, 4, 16)}, {}, "initial_state: its scan begins with nothing"),
+    (MAMBA, {"initial_state": torch.zeros(2, 4, 16)}, {}, "(only before one token): its scan begins with nothing"),
     (MAMBA, {}, {"deterministic": True}, "deterministic: its gradients of A, B and C are added up in any order"),
     (MAMBA, {"N": 257}, {}, "width = 257 (at most 256)"),
     (MAMBA, {"dtype": torch.float32}, {}, "mamba_ssm does not take float32"),
@@ -599,7 +633,7 @@ POLICIES = {
 def test_a_plan_has_them_behind_triton_where_they_are_installed(which: tuple[str, str]) -> None:
     spec = specs.parse(SPEC.format(POLICIES[which]))
     _, kernel = parts(which)
-    [package] = kernel.needs.packages
+    *_, package = kernel.needs.packages
     for installed in (None, environment(), environment(triton="3.6.0")):
         assert plan(spec, "h100", installed).layers[0].chain == ("triton", which[1], "chunkwise", "eager")
     layer = plan(spec, "h100", environment(**{package: None})).layers[0]

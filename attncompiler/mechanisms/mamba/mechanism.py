@@ -99,22 +99,29 @@ KERNELS = (
         name="mamba_ssm",
         entry="attncompiler.mechanisms.mamba.kernels.mamba_ssm:KERNEL",
         needs=Needs(
-            features={"gate": ANY, "width": AtMost(256), "groups": ANY},
+            features={
+                "gate": ANY,
+                "width": AtMost(256),
+                "groups": ANY,
+                "initial_state": OneOf("before one token"),
+            },
             device_types=("cuda",),
             dtypes=("bfloat16", "float16"),
             vendor="nvidia",
             min_compute_capability=(8, 0),
-            packages={
-                "selective_scan_cuda": "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm --no-build-isolation",
-            },
+            packages=dict.fromkeys(
+                ("mamba_ssm", "selective_scan_cuda"),
+                "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm --no-build-isolation",
+            ),
             known={
                 "segments": "its scan has no boundaries",
                 "padding": "it has no mask",
                 "initial_state": "its scan begins with nothing",
                 "deterministic": "its gradients of A, B and C are added up in any order",
             },
+            forward_only={"initial_state": "its update of a state has none"},
         ),
-        summary="mamba-ssm's scan in CUDA, channels first: whole sequences from their beginning",
+        summary="mamba-ssm's scan in CUDA, channels first, of whole sequences; its update of a state for one token",
     ),
     Kernel(
         name="chunkwise",

@@ -41,14 +41,14 @@ def _fake(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
 
 
 def _features(inputs: Tensors, options: MambaOptions) -> Mapping[str, Value]:
-    groups = inputs["b"].shape[2]
+    groups, one_token = inputs["b"].shape[2], inputs["u"].shape[1] == 1
     return {
         "gate": "z" in inputs,
         "groups": groups if groups > 1 else None,
         "width": inputs["a"].shape[1],
         "segments": "segment_ids" in inputs,
         "padding": "attention_mask" in inputs,
-        "initial_state": "initial_state" in inputs,
+        "initial_state": "initial_state" in inputs and ("before one token" if one_token else True),
     }
 
 

@@ -1,4 +1,5 @@
-"""mamba-ssm's selective scan in CUDA (Gu & Dao 2023), through its extension `selective_scan_cuda`.
+"""mamba-ssm's selective scan in CUDA (Gu & Dao 2023), through its extension `selective_scan_cuda`, and its update of a
+state in Triton, for one token behind an initial state.
 
 It takes channels first, (B, E, T), so tokens are turned on the way in and out. Its states are fp32 throughout. What it
 keeps for its backward, the states at the ends of its chunks, is made again by its forward.
@@ -6,6 +7,9 @@ keeps for its backward, the states at the ends of its chunks, is made again by i
 Its backward takes no gradient of the final state. Where there is one, N tokens more read that state: they step by 0,
 which neither decays nor writes, and the n-th has C = e_n, so that it gives the n-th number of each channel's state.
 A step of 0 cannot be said through a bias, so the steps are then made here, and all is fp32.
+
+Its update of a state has no backward, and reads D and the bias whether they are there or not: it is given zeros. Groups
+are its heads.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
     import selective_scan_cuda
 
     with torch.cuda.device_of(inputs["u"]):
+        if "initial_state" in inputs:
+            return _step(inputs, options)
         read, states, *gated = selective_scan_cuda.fwd(*_turned(inputs), options.dt_softplus)
     out = gated[0] if gated else read
     return {"out": out.transpose(1, 2).contiguous(), "final_state": _last(states)}
@@ -80,6 +86,28 @@ def _with_final_state(grads: Tensors, inputs: Tensors, options: MambaOptions) ->
         named["dt_bias"] = named["dt"].sum((0, 1))
     named |= {name: grad for name, grad in (("a", da), ("d", dd)) if name in inputs}
     return {name: grad.to(inputs[name].dtype).contiguous() for name, grad in named.items()}
+
+
+def _step(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
+    """One token."""
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    u, (G, N) = inputs["u"], inputs["b"].shape[2:]
+    nothing = torch.zeros(u.shape[2], dtype=torch.float32, device=u.device)
+    state = inputs["initial_state"].clone(memory_format=torch.contiguous_format)
+    out = selective_state_update(
+        state.view(-1, G, u.shape[2] // G, N),
+        u[:, 0].unflatten(1, (G, -1)),
+        inputs["dt"][:, 0].unflatten(1, (G, -1)),
+        inputs["a"].unflatten(0, (G, -1)),
+        inputs["b"][:, 0],
+        inputs["c"][:, 0],
+        D=inputs.get("d", nothing).unflatten(0, (G, -1)),
+        z=inputs["z"][:, 0].unflatten(1, (G, -1)) if "z" in inputs else None,
+        dt_bias=inputs.get("dt_bias", nothing).unflatten(0, (G, -1)),
+        dt_softplus=options.dt_softplus,
+    )
+    return {"out": out.reshape(u.shape), "final_state": state}
 
 
 def _turned(inputs: Tensors) -> tuple[Tensor | None, ...]:
