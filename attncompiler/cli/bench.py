@@ -101,7 +101,9 @@ def linear(
 @app.command("mamba", cls=Verb)
 def mamba(
     rows: Rows = None,
-    peers: Annotated[bool, typer.Option("--peers", help="also time mamba-ssm's kernels, on a GPU")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="also time mamba-ssm's kernels, on a GPU, and HF's mixers")
+    ] = False,
     only: Only = None,
     device: Device = None,
     dtype: DTypeOption = None,

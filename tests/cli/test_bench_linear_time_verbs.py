@@ -12,7 +12,7 @@ from cli_runner import run
 from attncompiler.bench.linear import bench as linear
 from attncompiler.bench.linear.rows import Row
 from attncompiler.bench.mamba import bench as mamba
-from attncompiler.bench.mamba.rows import Duality, Scan
+from attncompiler.bench.mamba.rows import Duality, Scan, ScanMixer
 
 TINY: dict[str, Any] = {"H": 2, "D": 8, "V": 8}
 HEADS: dict[str, Any] = {"H": 2, "P": 4, "N": 8}
@@ -28,6 +28,7 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "mamba": (
         Scan("s6", "tiny", T=24, E=8, N=4),
         Duality("ssd", "tiny", T=24, **HEADS),
+        ScanMixer("mixer", "tiny", T=24, M=16, N=4),
         Scan("decode", "s6", T=1, B=2, E=8, N=4),
         Duality("decode", "ssd", T=1, B=2, **HEADS),
         *(Scan("s6-length", f"t{T}", T=T, E=8, N=4) for T in (8, 16)),
@@ -114,7 +115,7 @@ def test_the_plain_form_is_a_peer_on_a_cpu() -> None:
             ("linear", "--device", "cpu", "--only", "x"),
         ),
         (
-            "E602 no kernel or peer is named 'plain'; there are chunkwise, eager, mamba_ssm",
+            "E602 no kernel or peer is named 'plain'; there are chunkwise, eager, mamba_ssm, hf-slow",
             ("mamba", "--device", "cpu", "--only", "plain"),
         ),
         ("E107 torch sees no 'cuda' device", ("linear", "--device", "cuda")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,7 @@ from attncompiler.bench.mamba import rows as mamba_rows
 from attncompiler.bench.measure import Samples
 
 Linear, Scan, Duality = linear_rows.Row, mamba_rows.Scan, mamba_rows.Duality
+ScanMixer, DualityMixer = mamba_rows.ScanMixer, mamba_rows.DualityMixer
 TINY: dict[str, Any] = {"H": 2, "D": 8, "V": 6}
 LINEAR = (
     Linear("elu", "tiny", T=40, B=2, **TINY),
@@ -52,7 +54,14 @@ MAMBA = (
     Scan("decode", "s6", T=1, B=3, E=6, N=4),
     Duality("decode", "ssd", T=1, B=3, **HEADS),
 )
-TINY_ROWS = [*((linear_bench.BENCH, row) for row in LINEAR), *((mamba_bench.BENCH, row) for row in MAMBA)]
+MIXERS = (
+    ScanMixer("mixer", "s6", T=20, B=2, M=24, N=4),
+    DualityMixer("mixer", "ssd", T=20, B=2, M=16, N=8, P=8),
+)
+TINY_ROWS = [
+    *((linear_bench.BENCH, row) for row in LINEAR),
+    *((mamba_bench.BENCH, row) for row in (*MAMBA, *MIXERS)),
+]
 by_row = pytest.mark.parametrize(
     ("bench", "row"), TINY_ROWS, ids=lambda each: each.id if isinstance(each, TimedRow) else ""
 )
@@ -131,6 +140,7 @@ def test_every_member_computes_the_rows_function_and_peers_that_cannot_say_why(b
             assert cell.role == "peer"
             assert cell.forward.kind == "absent"
             assert name != "plain" or row.step or row.group in ("retention", "scalar")
+            assert (name, row.group) != ("hf-slow", "mixer") or find_spec("transformers") is None
         else:
             assert isinstance(cell.both, Samples) == row.backward
     assert result.chain[0] == next(iter(result.cells))
@@ -384,7 +394,7 @@ class MambaSsm:
 @pytest.mark.parametrize("row", MAMBA, ids=lambda row: row.id)
 def test_mamba_ssm_is_asked_for_the_rows_function(row: Any, installed: Callable[..., None]) -> None:
     installed()
-    [peer] = mamba_bench.BENCH.peers("cuda")
+    peer, _ = mamba_bench.BENCH.peers("cuda")
     cell = measure(mamba_bench.BENCH, row, member(mamba_bench.BENCH, row), peer).cells["mamba_ssm"]
     assert isinstance(cell.forward, Samples), cell.forward
     assert isinstance(cell.both, Samples) == row.backward
@@ -415,6 +425,68 @@ def test_a_tensor_that_offsets_of_32_bits_cannot_tell_apart_is_not_given_to_trit
     assert [row.id for row in longest] == [row.id for row in mamba_rows.CUDA if row.group == "ssd-length"]
 
 
+# --- whole mixers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", MIXERS, ids=lambda row: row.id)
+def test_hfs_mixer_has_our_gradients_of_the_same_parameters(row: Any) -> None:
+    pytest.importorskip("transformers", reason="needs the extra `hf`")
+    inputs = mamba_bench.BENCH.inputs(row, "cpu", torch.float32)
+    ours, theirs = member(mamba_bench.BENCH, row, "chunkwise").prepare(inputs), mamba_peers.hf(inputs)
+    assert [leaf.shape for leaf in ours.leaves] == list(row.operands.given.values())
+    assert all(mine.data_ptr() == other.data_ptr() for mine, other in zip(ours.leaves, theirs.leaves, strict=True))
+    found = [torch.autograd.grad(call.forward().sin().sum(), call.leaves) for call in (ours, theirs)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("row", MIXERS, ids=lambda row: row.id)
+def test_a_mixer_counts_the_parameters_that_its_cost_does(row: Any) -> None:
+    mechanism = mamba_bench.ours.mechanism(row.mechanism)
+    policy = mechanism.policy.model_validate(row.fields)
+    cost = mamba_bench.load_entry(mechanism.cost)(policy, mamba_bench.MixerSize(row.M, row.T, row.B, row.T, 4, "eager"))
+    assert sum(math.prod(shape) for name, shape in row.operands.given.items() if name != "hidden") == cost.parameters
+    inner = mamba_bench.count(row.inner, 4).flops
+    assert mamba_bench.count(row, 4).flops["both"] > inner["both"]
+
+
+def test_the_mixer_that_the_operator_chooses_is_the_planned_one() -> None:
+    inputs: Any = mamba_bench.BENCH.inputs(MIXERS[0], "cpu", torch.float32)
+    assert mamba_bench.BENCH.planned(inputs, "forward") == ("chunkwise", "eager")
+    calls = [
+        contestant.prepare(inputs)
+        for contestant in (mamba_bench.BENCH.auto, member(mamba_bench.BENCH, MIXERS[0], "chunkwise"))
+    ]
+    torch.testing.assert_close(*(call.forward() for call in calls), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "name", "reasons"),
+    [
+        ((), "cpu", "hf-slow", ["transformers is not installed"] * 2),
+        (("transformers", "mamba_ssm"), "cpu", "hf-slow", ["where mamba-ssm is installed it runs its kernels"] * 2),
+        (("transformers",), "cuda", "hf-torch-conv1d", ["mamba-ssm is not installed: pip install"] * 2),
+        (("transformers", "causal_conv1d"), "cuda", "hf", ["mamba-ssm is not installed: pip install"] * 2),
+        (("transformers", "mamba_ssm"), "cuda", "hf-torch-conv1d", ["without its scan in CUDA", None]),
+        (("transformers", "mamba_ssm", "causal_conv1d", "selective_scan_cuda"), "cuda", "hf", [None, None]),
+    ],
+)
+def test_hfs_slow_form_stands_for_no_kernel(
+    there: tuple[str, ...], device: str, name: str, reasons: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="needs the extra `hf`")
+    monkeypatch.setattr(mamba_peers, "installed", lambda module: module in there)
+    monkeypatch.setattr(mamba_peers, "on_gpu", lambda inputs: device == "cuda")
+    peer = mamba_bench.BENCH.peers(device)[1]
+    assert peer.name == name
+    for row, reason in zip(MIXERS, reasons, strict=True):
+        inputs = mamba_bench.BENCH.inputs(row, "cpu", torch.float32)
+        if reason is None:
+            assert peer.prepare(inputs).forward().shape == row.operands.out
+        else:
+            with pytest.raises(Absent, match=reason):
+                peer.prepare(inputs)
+
+
 # --- absence ----------------------------------------------------------------------------------------------------------
 
 
@@ -426,6 +498,8 @@ def test_a_tensor_that_offsets_of_32_bits_cannot_tell_apart_is_not_given_to_trit
         (linear_peers.fla, LINEAR[0], ("fla",), "its kernels run on a GPU alone"),
         (mamba_peers.mamba_ssm, MAMBA[0], (), "mamba-ssm is not installed: pip install"),
         (mamba_peers.mamba_ssm, MAMBA[3], ("mamba_ssm",), "its kernels run on a GPU alone"),
+        (mamba_peers.mamba_ssm, MIXERS[0], ("mamba_ssm",), "its kernels are measured in HF's mixer there"),
+        (mamba_peers.hf, MAMBA[0], (), "it is measured as a whole mixer"),
     ],
 )
 def test_what_is_not_there_is_said(

@@ -18,9 +18,13 @@ from attncompiler.bench.grid.units import MILLISECONDS, PER_TOKEN, Unit, byte_ra
 
 def count(mechanism: str, row: TimedRow, options: dict[str, Any], itemsize: int) -> Count:
     """FLOPs by the operator's own account, forward and with backward, the bytes that must move, and the tokens."""
-    operator, operands = ours.operator(mechanism), row.operands
-    forward, backward = operator.flops(operands.given, operator.options.model_validate(options))
-    floor = operands.floor(itemsize)
+    operator = ours.operator(mechanism)
+    return counted(row, operator.flops(row.operands.given, operator.options.model_validate(options)), itemsize)
+
+
+def counted(row: TimedRow, of_both: tuple[int, int], itemsize: int) -> Count:
+    """The same with FLOPs of the forward and of the backward that are known."""
+    (forward, backward), floor = of_both, row.operands.floor(itemsize)
     flops: dict[Way, float] = {"forward": forward, "both": forward + backward}
     return Count(flops, {way: floor[way] for way in WAYS if way in row.counted}, row.B * row.T)
 

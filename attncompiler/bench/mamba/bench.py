@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from attncompiler.bench.grid import linear_time
+from attncompiler.bench.grid import linear_time, ours
 from attncompiler.bench.grid.bench import Bench
 from attncompiler.bench.grid.cells import Count
 from attncompiler.bench.grid.contestants import AUTO
 from attncompiler.bench.mamba.contestants import member, members, planned
 from attncompiler.bench.mamba.inputs import Inputs
 from attncompiler.bench.mamba.peers import peers
-from attncompiler.bench.mamba.rows import CPU, CUDA, Row
+from attncompiler.bench.mamba.rows import CPU, CUDA, Mixer, Row
+from attncompiler.mechanisms.base import MixerSize, load_entry
 
 
 def rows(device_type: str) -> tuple[Row, ...]:
@@ -18,8 +19,13 @@ def rows(device_type: str) -> tuple[Row, ...]:
 
 
 def count(row: Row, itemsize: int) -> Count:
-    """FLOPs of the recurrence, the bytes that must move, and the tokens."""
-    return linear_time.count(row.mechanism, row, {}, itemsize)
+    """FLOPs of the recurrence, of a mixer with those of its projections, the bytes that must move, and the tokens."""
+    if not isinstance(row, Mixer):
+        return linear_time.count(row.mechanism, row, {}, itemsize)
+    mechanism = ours.mechanism(row.mechanism)
+    size = MixerSize(row.M, row.T, row.B, row.T, itemsize, kernel="")
+    cost = load_entry(mechanism.cost)(mechanism.policy.model_validate(row.fields), size)
+    return linear_time.counted(row, (cost.forward_flops, cost.backward_flops), itemsize)
 
 
 BENCH = Bench(
@@ -32,6 +38,11 @@ BENCH = Bench(
     count=count,
     unit=linear_time.unit,
     facts=linear_time.facts,
-    packages={"triton": "triton", "mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d"},
+    packages={
+        "triton": "triton",
+        "mamba_ssm": "mamba-ssm",
+        "causal_conv1d": "causal-conv1d",
+        "transformers": "transformers",
+    },
     compared=linear_time.per_token,
 )

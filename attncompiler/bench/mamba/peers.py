@@ -1,7 +1,8 @@
-"""The peer: mamba-ssm, Mamba's scan in CUDA and Mamba-2's passes in Triton, on a GPU.
+"""The peers: mamba-ssm, Mamba's scan in CUDA and Mamba-2's passes in Triton, on a GPU; and HF's mixers of both.
 
-Its scan takes channels first, (B, E, T), and is given contiguous tensors of that layout; what it would take to turn
-those of a model's projections is not in its time.
+mamba-ssm's scan takes channels first, (B, E, T), and is given contiguous tensors of that layout; what it would take to
+turn those of a model's projections is in HF's mixers alone. These run mamba-ssm's kernels, and causal-conv1d's where
+that is installed; in torch alone they are slow, and a peer on a CPU alone.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import importlib
 import importlib.util
 import math
 
+import torch
 from torch import Tensor
 
 from attncompiler.bench.grid.contestants import Absent, Call, Contestant
 from attncompiler.bench.grid.drawn import on_gpu
+from attncompiler.bench.mamba.contestants import EPS, taken
 from attncompiler.bench.mamba.inputs import Inputs
+from attncompiler.bench.mamba.rows import DualityMixer, Mixer
 
 CHUNK = 256
 """mamba-ssm's default"""
@@ -23,26 +27,76 @@ OFFSETS = 2**31
 
 
 def peers(device_type: str) -> tuple[Contestant, ...]:
-    """mamba-ssm, which says why where it does not run."""
-    return (Contestant("mamba_ssm", "peer", mamba_ssm),)
+    """mamba-ssm, and HF's mixer by a name that says what it runs on; each says why where it does not run."""
+    if device_type == "cpu":
+        name = "hf-slow"
+    else:
+        name = "hf" if installed("causal_conv1d") else "hf-torch-conv1d"
+    return (Contestant("mamba_ssm", "peer", mamba_ssm), Contestant(name, "peer", hf))
+
+
+def installed(module: str) -> bool:
+    """Whether it can be found."""
+    return importlib.util.find_spec(module) is not None
 
 
 def mamba_ssm(inputs: Inputs) -> Call:
     """Its kernel for the row: `selective_scan_fn`, `mamba_chunk_scan_combined`, or for a step its update of a state."""
-    if importlib.util.find_spec("mamba_ssm") is None:
-        raise Absent("mamba-ssm is not installed: pip install mamba-ssm --no-build-isolation")
-    if not on_gpu(inputs):
-        raise Absent("its kernels run on a GPU alone")
+    if isinstance(inputs.row, Mixer):
+        raise Absent("its kernels are measured in HF's mixer there")
+    there(inputs)
     scan = inputs.row.mechanism == "mamba"
     if inputs.row.step:
         return scan_step(inputs) if scan else duality_step(inputs)
     return scan_call(inputs) if scan else duality_call(inputs)
 
 
+def there(inputs: Inputs) -> None:
+    """Raises Absent where it cannot run."""
+    if not installed("mamba_ssm"):
+        raise Absent("mamba-ssm is not installed: pip install mamba-ssm --no-build-isolation")
+    if not on_gpu(inputs):
+        raise Absent("its kernels run on a GPU alone")
+
+
+def hf(inputs: Inputs) -> Call:
+    """transformers' mixer on the row's parameters.
+
+    Where causal-conv1d is installed too, its training form, which is one function of mamba-ssm; otherwise torch's
+    convolution and mamba-ssm's scan. On a CPU all is torch: Mamba's scan is a loop over the tokens.
+    """
+    row = inputs.row
+    if not isinstance(row, Mixer):
+        raise Absent("it is measured as a whole mixer")
+    if not installed("transformers"):
+        raise Absent("transformers is not installed: pip install 'attncompiler[hf]'")
+    if on_gpu(inputs):
+        there(inputs)
+        if row.mechanism == "mamba":
+            scan_in_cuda()
+    elif installed("mamba_ssm"):
+        raise Absent("where mamba-ssm is installed it runs its kernels, on a GPU alone")
+    importlib.import_module("transformers").logging.set_verbosity_error()
+    kind = "Mamba2" if isinstance(row, DualityMixer) else "Mamba"
+    module = importlib.import_module(f"transformers.models.{kind.lower()}.modeling_{kind.lower()}")
+    sizes = {"hidden_size": row.M, "num_hidden_layers": 1, "layer_norm_epsilon": EPS, "state_size": row.N}
+    if isinstance(row, DualityMixer):
+        sizes |= {"num_heads": row.H, "head_dim": row.P, "n_groups": 1, "chunk_size": CHUNK}
+    with torch.device("meta"):
+        layer = getattr(module, f"{kind}Mixer")(getattr(module, f"{kind}Config")(**sizes), 0)
+    hidden, *parameters = taken(inputs, layer.train(installed("causal_conv1d")))
+    return Call(lambda: layer(hidden), (hidden, *parameters))
+
+
+def scan_in_cuda() -> None:
+    """Raises Absent where mamba-ssm has no scan."""
+    if not installed("selective_scan_cuda"):
+        raise Absent("mamba-ssm is installed without its scan in CUDA: build it with MAMBA_KEEP_CUDA_BUILD=TRUE")
+
+
 def scan_call(inputs: Inputs) -> Call:
     """Mamba's scan, on leaves (B, E, T), B and C (B, G, N, T)."""
-    if importlib.util.find_spec("selective_scan_cuda") is None:
-        raise Absent("mamba-ssm is installed without its scan in CUDA: build it with MAMBA_KEEP_CUDA_BUILD=TRUE")
+    scan_in_cuda()
     run = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
 
     def leaf(name: str) -> Tensor:
