@@ -1,15 +1,18 @@
-"""A training step of a whole model against HF transformers' model of the same shape (the extra `hf`).
+"""A training step of a whole model against HF transformers' model of the same shape (the extra `hf`), or a hybrid's
+against the same network written by hand (`bench.hybrid`).
 
     python -m attncompiler.bench.train_step                       # llama and mamba2
     python -m attncompiler.bench.train_step --models mamba        # minutes: HF's takes over a minute a step
     python -m attncompiler.bench.train_step --models mamba --seq-len 128
     python -m attncompiler.bench.train_step --models llama-1b --device cuda --dtype bfloat16 --compile --batch-size 1 \\
         --seq-len 8192 --curve 50
+    python -m attncompiler.bench.train_step --models hybrid-1b --device cuda --dtype bfloat16 --compile \\
+        --batch-size 1 --seq-len 16384 --curve 50
 
-Four layers, 256 wide, 4 × 512 tokens, fp32, or a Llama of a billion parameters; loss, gradients, and a step of AdamW on
-both sides. Weights are each side's own first ones; the shapes of all parameters are checked to be equal in number.
-With `--curve` both sides of a Llama begin with the same weights, and first take so many steps on one batch: how far
-their losses lie apart at most is a column of the table.
+Four layers, 256 wide, 4 × 512 tokens, fp32, or a Llama or a hybrid of a billion parameters; loss, gradients, and a step
+of AdamW on both sides. Weights are each side's own first ones, a hybrid's the same; the shapes of all parameters are
+checked to be equal in number. With `--curve` both sides of a Llama too begin with the same weights, and first take so
+many steps on one batch: how far their losses lie apart at most is a column of the table.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import typer
 from torch import Tensor, nn
 
 import attncompiler
+from attncompiler.bench import hybrid
 from attncompiler.bench.measure import Work, compare
 from attncompiler.bench.report import Format, FormatOption, ThreadsOption, comparison_row, show
 from attncompiler.errors import UsageError, fail
@@ -87,6 +91,9 @@ MIXERS = {
     "mamba": (SMALL, "{kind: mamba, state_size: 16, expand: 2}", "{kind: none}"),
 }
 
+HYBRIDS = {"hybrid": hybrid.Hybrid(), "hybrid-1b": hybrid.BILLION}
+MODELS = (*MIXERS, *HYBRIDS)
+
 
 class DType(StrEnum):
     """Of parameters and activations."""
@@ -113,7 +120,7 @@ DEFAULT = Setting()
 
 
 def main(
-    models: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(MIXERS)}; several times")] = None,
+    models: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(MODELS)}; several times")] = None,
     batch_size: Annotated[int, typer.Option(help="B")] = 4,
     seq_len: Annotated[int, typer.Option(help="T: less than 512 scales a comparison down")] = 512,
     repeats: Annotated[int | None, typer.Option(help="timed turns of each side (default 15; of mamba 1)")] = None,
@@ -121,26 +128,26 @@ def main(
     dtype: Annotated[DType, typer.Option(help="of parameters and activations")] = DType.float32,
     compile: Annotated[bool, typer.Option("--compile", help="both sides by torch.compile")] = False,
     curve: Annotated[
-        int, typer.Option(min=0, help="steps of a Llama from the same weights, whose losses are compared")
+        int, typer.Option(min=0, help="steps of a Llama or a hybrid from the same weights, whose losses are compared")
     ] = 0,
     threads: ThreadsOption = None,
     format: FormatOption = Format.text,
 ) -> None:
-    """Compare training steps with HF transformers'."""
+    """Compare training steps with HF transformers', or with a network that is written by hand."""
     if threads is not None:
         torch.set_num_threads(threads)
-    transformers = import_transformers()
     chosen = models or ["llama", "mamba2"]
-    unknown = [name for name in chosen if name not in MIXERS]
+    unknown = [name for name in chosen if name not in MODELS]
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(MIXERS)}")
-    if curve and not all(name.startswith("llama") for name in chosen):
-        raise typer.BadParameter("--curve compares Llamas: name them with --models")
+        raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(MODELS)}")
+    if curve and not all(name.startswith(("llama", "hybrid")) for name in chosen):
+        raise typer.BadParameter("--curve compares Llamas and hybrids: name them with --models")
+    # a hybrid's peer has a part of it on a CPU
+    transformers = None if device == "cuda" and HYBRIDS.keys() >= set(chosen) else import_transformers()
     setting = Setting(batch_size, seq_len, device, getattr(torch, dtype.value), compile, curve)
     rows = [row(name, transformers, setting, repeats) for name in chosen]
     where = torch.cuda.get_device_name() if device == "cuda" else device
-    title = f"Training step, {batch_size} × {seq_len} tokens, {dtype.value} on {where}"
-    show(f"{title}, against HF transformers {transformers.__version__}", rows, format)
+    show(f"Training step, {batch_size} × {seq_len} tokens, {dtype.value} on {where}", rows, format)
 
 
 def import_transformers() -> Any:
@@ -159,7 +166,8 @@ def row(name: str, transformers: Any, setting: Setting, repeats: int | None) -> 
     slow = name == "mamba"
     ours, peer = our_model(name, setting), peer_model(name, transformers, setting)
     size = (setting.batch_size, setting.seq_len + 1)
-    tokens = torch.randint(MIXERS[name][0].vocabulary, size, generator=torch.Generator().manual_seed(0))
+    vocabulary = (HYBRIDS[name] if name in HYBRIDS else MIXERS[name][0]).vocabulary
+    tokens = torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(setting.device)
     input_ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -167,12 +175,16 @@ def row(name: str, transformers: Any, setting: Setting, repeats: int | None) -> 
         return ours.loss(input_ids, labels)
 
     def peer_loss() -> Tensor:
+        if name in HYBRIDS:
+            return peer.loss(input_ids, labels)
         return peer(input_ids=input_ids, labels=labels, shift_labels=labels).loss
 
     losses = (our_loss, peer_loss)
     if setting.compile:
         losses = (torch.compile(our_loss), torch.compile(peer_loss))
-    if setting.curve:
+    if name in HYBRIDS:
+        peer.take(ours)
+    elif setting.curve:
         take_weights(ours, peer)
     our_step, peer_step = training_step(ours, losses[0]), training_step(peer, losses[1])
     more: dict[str, Any] = {}
@@ -186,7 +198,9 @@ def row(name: str, transformers: Any, setting: Setting, repeats: int | None) -> 
         settled(our_step, setting), settled(peer_step, setting), repeats or (1 if slow else 15), warmup=0 if slow else 2
     )
     counts = (count(ours), count(peer))
-    return comparison_row(name, comparison, parameters=counts[0] if counts[0] == counts[1] else counts, **more)
+    against = peer.name if name in HYBRIDS else f"HF transformers {transformers.__version__}"
+    parameters = counts[0] if counts[0] == counts[1] else counts
+    return comparison_row(name, comparison, parameters=parameters, **more, against=against)
 
 
 def settled(step: Callable[[], Tensor], setting: Setting) -> Work:
@@ -202,14 +216,19 @@ def settled(step: Callable[[], Tensor], setting: Setting) -> Work:
 
 def our_model(name: str, setting: Setting = DEFAULT) -> Any:
     """This package's model, from a spec."""
-    shape, mixer, mlp = MIXERS[name]
-    text = SPEC.format(vocabulary=shape.vocabulary, width=shape.width, layers=shape.layers, mixer=mixer, mlp=mlp)
+    if name in HYBRIDS:
+        text = HYBRIDS[name].spec
+    else:
+        shape, mixer, mlp = MIXERS[name]
+        text = SPEC.format(vocabulary=shape.vocabulary, width=shape.width, layers=shape.layers, mixer=mixer, mlp=mlp)
     spec = parse(text, filename=f"bench/{name}")
     return attncompiler.build(spec, device=setting.device, dtype=setting.dtype).train()
 
 
 def peer_model(name: str, transformers: Any, setting: Setting = DEFAULT) -> Any:
-    """The model of transformers that has the same shape."""
+    """The model of transformers that has the same shape, or a hybrid that is on meta until it takes weights."""
+    if name in HYBRIDS:
+        return hybrid.Peer(HYBRIDS[name], setting.seq_len, setting.device, setting.dtype).train()
     shape = MIXERS[name][0]
     common = {
         "vocab_size": shape.vocabulary,

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from attncompiler.bench import blocks, decode, measure, report, scaling, sparse, startup, train_step
+from attncompiler.bench import blocks, decode, hybrid, measure, report, scaling, sparse, startup, train_step
 from attncompiler.errors import UsageError
+
+TINY_HYBRID = hybrid.Hybrid(
+    width=64,
+    heads=4,
+    head_dim=16,
+    intermediate=96,
+    state=16,
+    ssm_head_dim=16,
+    window=5,
+    layers=("mamba2", "local", "full"),
+)
+"""whose windows end inside the sequences here"""
 
 times = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=9)
 
@@ -134,33 +148,38 @@ def test_scaling_at_a_tiny_size(mixer: str) -> None:
     assert row["largest / smallest"] == max(medians) / min(medians)
 
 
-@pytest.mark.parametrize("name", sorted(set(train_step.MIXERS) - {"llama-1b"}))
-def test_a_training_step_and_its_peer_have_equal_parameters(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(set(train_step.MODELS) - {"llama-1b", "hybrid-1b"}))
+def test_a_training_step_and_its_peer_have_equal_parameters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="needs the extra `hf`")
+    monkeypatch.setitem(train_step.HYBRIDS, "hybrid", TINY_HYBRID)
     shown = invoke(train_step.main, "--models", name, "--batch-size", "1", "--seq-len", "8", "--repeats", "1")
     (row,) = shown["rows"]
     assert isinstance(row["parameters"], int), f"ours and the peer's differ: {row['parameters']}"
+    assert row["against"].startswith("PyTorch alone" if name == "hybrid" else "HF transformers ")
 
 
-def test_the_billion_parameters_of_both_sides_are_as_many() -> None:
+@pytest.mark.parametrize("name", ["llama-1b", "hybrid-1b"])
+def test_the_billion_parameters_of_both_sides_are_as_many(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
     setting = train_step.Setting(device="meta")
     with torch.device("meta"):
         counts = {
             train_step.count(make)
             for make in (
-                train_step.our_model("llama-1b", setting),
-                train_step.peer_model("llama-1b", transformers, setting),
+                train_step.our_model(name, setting),
+                train_step.peer_model(name, transformers, setting),
             )
         }
     (parameters,) = counts
     assert parameters == pytest.approx(1e9, rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["llama", "hybrid"])
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_losses_from_the_same_weights_stay_together(compile: bool) -> None:
+def test_losses_from_the_same_weights_stay_together(name: str, compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="needs the extra `hf`")
-    arguments = ["--models", "llama", "--batch-size", "2", "--seq-len", "16", "--repeats", "1", "--curve", "4"]
+    monkeypatch.setitem(train_step.HYBRIDS, "hybrid", TINY_HYBRID)
+    arguments = ["--models", name, "--batch-size", "2", "--seq-len", "16", "--repeats", "1", "--curve", "4"]
     (row,) = invoke(train_step.main, *arguments, *["--compile"] * compile)["rows"]
     first, last = map(float, row["loss, first and last"].split(" → "))
     assert last < first
@@ -174,6 +193,76 @@ def test_losses_of_other_models_are_not_compared() -> None:
     shown = CliRunner().invoke(app, ["--models", "mamba2", "--curve", "1"])
     assert shown.exit_code == 2
     assert "name them with --models" in shown.output
+
+
+# --- the hybrid's peer on the libraries' kernels ----------------------------------------------------------------------
+
+
+def ssd_inputs() -> tuple[torch.Tensor, ...]:
+    """x, dt, A, B, C, D, dt_bias with gradients; x, B and C are parts of one tensor, as in a mixer."""
+    generator = torch.Generator().manual_seed(0)
+    mixed, dt = (torch.randn(2, 9, width, generator=generator, requires_grad=True) for width in (24, 4))
+    x, B, C = mixed.split((12, 6, 6), -1)
+    A, D, bias = (torch.randn(4, generator=generator, requires_grad=True) for _ in range(3))
+    return x.unflatten(-1, (4, 3)), dt, -A.exp(), B[:, :, None], C[:, :, None], D, bias
+
+
+def test_mamba_ssms_passes_are_one_operator_with_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="needs the extra `hf`")
+    inputs = ssd_inputs()
+    expected = hybrid.kernels("cpu").scan(*inputs)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(expected, inputs, grad, retain_graph=True)
+
+    def check(given: tuple[Any, ...], more: dict[str, Any]) -> None:
+        *given, chunk = given
+        assert (chunk, more.pop("dt_softplus")) == (hybrid.CHUNK, True)
+        assert all(map(torch.equal, [*given, more.pop("D"), more.pop("dt_bias")], inputs))
+        assert not more
+
+    def forward(*given: Any, **more: Any) -> Any:
+        check(given, more)
+        return expected.detach().clone(), None
+
+    def backward(found: Any, *given: Any, **more: Any) -> Any:
+        *tensors, out, chunk = given
+        check((*tensors, chunk), more)
+        assert torch.equal(found, grad)
+        assert torch.equal(out, expected)
+        dx, ddt, dA, dB, dC, dD, ddt_bias = (each.clone() for each in wanted)
+        return dx, ddt, dA, dB, dC, dD, None, ddt_bias, None
+
+    passes = {"_mamba_chunk_scan_combined_fwd": forward, "_mamba_chunk_scan_combined_bwd": backward}
+    monkeypatch.setattr(hybrid, "_ssd", passes.__getitem__)
+    monkeypatch.setattr(hybrid.importlib.util, "find_spec", lambda name: True if name == "mamba_ssm" else None)
+    run = hybrid.kernels("cuda")
+    assert run.name == "PyTorch, mamba-ssm, torch's conv1d"
+    out = run.scan(*inputs)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), wanted)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(hybrid.mamba_ssm, inputs, test_utils=tests)
+    plain = tuple(each.detach() for each in (grad, expected, *inputs))
+    torch.library.opcheck(hybrid.mamba_ssm_backward, plain, test_utils=tests[:2])
+
+
+def test_on_a_gpu_nothing_stands_for_mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hybrid.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"E602.*runs on mamba-ssm.*\n?.*pip install mamba-ssm"):
+        hybrid.kernels("cuda")
+    seen: list[Any] = []
+
+    def causal_conv1d_fn(x: Any, weight: Any, bias: Any, activation: str) -> Any:
+        seen.append((tuple(x.shape), activation))
+        return x
+
+    conv1d = SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn)
+    monkeypatch.setattr(hybrid.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", conv1d)
+    run = hybrid.kernels("cuda")
+    assert run.name == "PyTorch, mamba-ssm, causal-conv1d"
+    assert run.convolution(torch.zeros(2, 5, 3), torch.zeros(3, 4), None).shape == (2, 5, 3)
+    assert seen == [((2, 3, 5), "silu")]
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
