@@ -24,14 +24,8 @@ from attncompiler.runtime.implementation import Implementation, Tensors
 
 def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
     """out (B, T, E) in u's dtype and final_state (B, E, N) in fp32."""
-    import selective_scan_cuda
-
     with torch.cuda.device_of(inputs["u"]):
-        if "initial_state" in inputs:
-            return _step(inputs, options)
-        read, states, *gated = selective_scan_cuda.fwd(*_turned(inputs), options.dt_softplus)
-    out = gated[0] if gated else read
-    return {"out": out.transpose(1, 2).contiguous(), "final_state": _last(states)}
+        return _step(inputs, options) if "initial_state" in inputs else _scan(inputs, options)
 
 
 def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
@@ -86,6 +80,15 @@ def _with_final_state(grads: Tensors, inputs: Tensors, options: MambaOptions) ->
         named["dt_bias"] = named["dt"].sum((0, 1))
     named |= {name: grad for name, grad in (("a", da), ("d", dd)) if name in inputs}
     return {name: grad.to(inputs[name].dtype).contiguous() for name, grad in named.items()}
+
+
+def _scan(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
+    """A whole sequence, from its beginning."""
+    import selective_scan_cuda
+
+    read, states, *gated = selective_scan_cuda.fwd(*_turned(inputs), options.dt_softplus)
+    out = gated[0] if gated else read
+    return {"out": out.transpose(1, 2).contiguous(), "final_state": _last(states)}
 
 
 def _step(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
