@@ -7,7 +7,10 @@ the gradient of C·h,
     dB[s] = Σ_{t ≥ s} w (Δx[s]·dy[t]) C[t]
     d(Δx)[s] = Σ_{t ≥ s} w (B[s]·C[t]) dy[t]
 
-are three passes more, of each head; B's and C's are then summed over the heads of their group. The gradients of the
-decays follow from C·dC and B·dB, and that of Δ has x·d(Δx) beside them.
-One token of every sequence, as in decoding, is no pass: `step.py` reads and writes its state once, in one launch.
+are sums over all pairs of tokens. A walk through the chunks (`states.py`) keeps the state before each, and one in
+reverse the gradient of the state behind it, for as many chunks at a time as fit a buffer (`launch.py`). Two kernels
+(`heads.py`) then take one chunk and all heads of a group, one after the other: what heads share is loaded once, and
+sums over them stay in registers. The gradients of decays and time steps (`steps.py`) are made of what they leave once
+for a token. One token of every sequence, as in decoding, is no pass: `step.py` reads and writes its state once, in one
+launch.
 """
