@@ -21,7 +21,6 @@ from attncompiler.mechanisms.mamba.recurrence.tokens import (
     channels,
     keep_states,
     loaded_rows,
-    loaded_shared,
     of_channels,
     of_rows,
     of_shared,
@@ -167,16 +166,15 @@ def backward_kernel(
             real = which_real(scan, b, begin, T, ROWS)
             u_coming = loaded_rows(u_rows, b, begin, e, inside, real, ROWS)
             dt_coming = loaded_rows(dt_rows, b, begin, e, inside, real, ROWS)
-            b_coming = loaded_shared(b_rows, b, begin, group, real, ROWS, N, NO, NI, LN, LC)
             for piece in range(1, pieces):
                 t0 = begin + (piece - 1) * ROWS
-                u, write = all_widened(u_coming, ROWS), all_widened(b_coming, ROWS)
+                u = all_widened(u_coming, ROWS)
+                write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
                 delta, _ = steps_of(dt_coming, scan, bias, inside, real, SOFTPLUS, ROWS)
                 t1 = begin + piece * ROWS
                 real = which_real(scan, b, t1, T, ROWS)
                 u_coming = loaded_rows(u_rows, b, t1, e, inside, real, ROWS)
                 dt_coming = loaded_rows(dt_rows, b, t1, e, inside, real, ROWS)
-                b_coming = loaded_shared(b_rows, b, t1, group, real, ROWS, N, NO, NI, LN, LC)
                 for r in tl.static_range(ROWS):
                     if scan.runs is not None:
                         state = tl.where(run_of(scan, b, t0 + r, T) == run_of(scan, b, t0 + r - 1, T), state, 0.0)
@@ -204,19 +202,9 @@ def backward_kernel(
                     state = tl.exp2(spread(delta[r]) * a) * state + spread(delta[r] * u[r]) * write[r]
                     states += (state,)
 
-                # what blocks before this one have of B's and C's gradients: a token ahead, as nothing else is under way
-                more = (shares < N) & (lane == 0) & (block > slot * many)
                 at_shares = (((slot * B + b) * T + t0) * G + group) * N + shares
-                last = at_shares + (ROWS - 1) * (G * N)
-                more_b = tl.load(grads.b + last, mask=more & (t0 + ROWS - 1 < T), other=0.0)
-                more_c = tl.load(grads.c + last, mask=more & (t0 + ROWS - 1 < T), other=0.0)
                 for r in tl.static_range(ROWS - 1, -1, -1):
                     there = inside & real[r]
-                    before_b, before_c = more_b, more_c
-                    if r > 0:
-                        next = at_shares + (r - 1) * (G * N)
-                        more_b = tl.load(grads.b + next, mask=more & (t0 + r - 1 < T), other=0.0)
-                        more_c = tl.load(grads.c + next, mask=more & (t0 + r - 1 < T), other=0.0)
                     dy = d_out[r]
                     if z_rows.ptr is not None:
                         gate = sigmoid(z[r])
@@ -224,6 +212,11 @@ def backward_kernel(
                     onward += spread(dy) * read[r]
                     dc = over_channels(spread(dy) * states[r + 1])
                     db = over_channels(spread(delta[r] * u[r]) * onward)
+                    # what blocks before this one have of B's and C's gradients, long before it is met
+                    at_share = at_shares + r * (G * N)
+                    shared = (shares < N) & (lane == 0) & (t0 + r < T)
+                    before_b = tl.load(grads.b + at_share, mask=shared & (block > slot * many), other=0.0)
+                    before_c = tl.load(grads.c + at_share, mask=shared & (block > slot * many), other=0.0)
                     d_written = over_states(onward * write[r], CT, LN)
                     # made again: to keep all tokens' decays there are no registers
                     onward *= tl.exp2(spread(delta[r]) * a + nothing)
@@ -252,14 +245,12 @@ def backward_kernel(
                             y += skip * u[r]
                         d_z = tl.where(there, d_out[r] * y * (gate * (1 + z[r] * (1 - gate))), 0.0)
                         tl.store(grads.z + at_out, d_z.to(grads.z.dtype.element_ty), mask=mask)
-                    at_share = at_shares + r * (G * N)
-                    mask = (shares < N) & (lane == 0) & (t0 + r < T)
                     db = db[:, :, :, None] + before_b
                     dc = dc[:, :, :, None] + before_c
                     if scan.real is not None:
                         db, dc = tl.where(real[r], db, 0.0), tl.where(real[r], dc, 0.0)
-                    tl.store(grads.b + at_share, db, mask=mask)
-                    tl.store(grads.c + at_share, dc, mask=mask)
+                    tl.store(grads.b + at_share, db, mask=shared)
+                    tl.store(grads.c + at_share, dc, mask=shared)
             tl.debug_barrier()
 
         of_group = b * groups + step
