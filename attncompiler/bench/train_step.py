@@ -12,7 +12,8 @@ against the same network written by hand (`bench.hybrid`).
 Four layers, 256 wide, 4 × 512 tokens, fp32, or a Llama or a hybrid of a billion parameters; loss, gradients, and a step
 of AdamW on both sides. Weights are each side's own first ones, a hybrid's the same; the shapes of all parameters are
 checked to be equal in number. With `--curve` both sides of a Llama too begin with the same weights, and first take so
-many steps on one batch: how far their losses lie apart at most is a column of the table.
+many steps on one batch: how far their losses lie apart at most is a column of the table. So is, of a compiled Llama,
+how far the peer's lie from its own without a compiler: what another order of the same roundings does.
 """
 
 from __future__ import annotations
@@ -189,9 +190,15 @@ def row(name: str, transformers: Any, setting: Setting, repeats: int | None) -> 
     our_step, peer_step = training_step(ours, losses[0]), training_step(peer, losses[1])
     more: dict[str, Any] = {}
     if setting.curve:
-        curves = [torch.stack([step() for _ in range(setting.curve)]).double().cpu() for step in (our_step, peer_step)]
+        controlled = setting.compile and name not in HYBRIDS  # FlexAttention without a compiler holds all pairs
+        first = {key: value.clone() for key, value in peer.state_dict().items()} if controlled else {}
+        curves = [losses_of(step, setting.curve) for step in (our_step, peer_step)]
         more["loss, first and last"] = f"{curves[0][0]:.4f} → {curves[0][-1]:.4f}"
-        more["apart at most"] = f"{float((curves[0] - curves[1]).abs().max()):.2g}"
+        more["apart at most"] = apart(curves[0], curves[1])
+        if controlled:
+            peer.load_state_dict(first)
+            again = losses_of(training_step(peer, peer_loss), setting.curve)
+            more["the peer from itself, compiled and not"] = apart(again, curves[1])
     if slow:
         our_step()
     comparison = compare(
@@ -201,6 +208,18 @@ def row(name: str, transformers: Any, setting: Setting, repeats: int | None) -> 
     against = peer.name if name in HYBRIDS else f"HF transformers {transformers.__version__}"
     parameters = counts[0] if counts[0] == counts[1] else counts
     return comparison_row(name, comparison, parameters=parameters, **more, against=against)
+
+
+def losses_of(step: Callable[[], Tensor], count: int) -> Tensor:
+    """The losses before each of so many steps."""
+    return torch.stack([step() for _ in range(count)]).double().cpu()
+
+
+def apart(ours: Tensor, theirs: Tensor) -> str:
+    """How far two curves of losses lie apart where they do most, and where that is."""
+    differences = (ours - theirs).abs()
+    step = int(differences.argmax())
+    return f"{float(differences[step]):.2g} at step {step} ({float(theirs[step]):.3g})"
 
 
 def settled(step: Callable[[], Tensor], setting: Setting) -> Work:
