@@ -12,16 +12,17 @@ import triton.language as tl
 
 from attncompiler.blocks.launching.numbers import empty, sigmoid
 from attncompiler.mechanisms.mamba.recurrence.tokens import (
+    all_widened,
     channels,
     keep_states,
+    loaded_rows,
+    loaded_shared,
     of_channels,
-    of_rows,
-    of_shared,
     over_states,
     run_of,
     spread,
     states_of,
-    stepped,
+    steps_of,
     which_real,
 )
 
@@ -61,15 +62,29 @@ def read_kernel(
         state = states_of(initial + b * (E * N), first, end, True, N, NO, NI, CT, LN, LC)
 
     start = step * length
+    # tokens are loaded while those before them are met: with a warp or two for a scheduler nothing else is under way
+    real = which_real(scan, b, start, T, ROWS)
+    u_coming = loaded_rows(u_rows, b, start, e, inside, real, ROWS)
+    dt_coming = loaded_rows(dt_rows, b, start, e, inside, real, ROWS)
+    if z_rows.ptr is not None:
+        z_coming = loaded_rows(z_rows, b, start, e, inside, real, ROWS)
+    b_coming = loaded_shared(b_rows, b, start, group, real, ROWS, N, NO, NI, LN, LC)
+    c_coming = loaded_shared(c_rows, b, start, group, real, ROWS, N, NO, NI, LN, LC)
     for i in range(tl.cdiv(tl.minimum(start + length, T) - start, ROWS)):
         t0 = start + i * ROWS
-        real = which_real(scan, b, t0, T, ROWS)
-        u = of_rows(u_rows, b, t0, e, inside, real, ROWS)
-        delta, _ = stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS, ROWS)
-        write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
-        read = of_shared(c_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+        now = real
+        u = all_widened(u_coming, ROWS)
+        delta, _ = steps_of(dt_coming, scan, bias, inside, now, SOFTPLUS, ROWS)
+        write, read = all_widened(b_coming, ROWS), all_widened(c_coming, ROWS)
+        t1 = t0 + ROWS
+        real = which_real(scan, b, t1, T, ROWS)
+        u_coming = loaded_rows(u_rows, b, t1, e, inside, real, ROWS)
+        dt_coming = loaded_rows(dt_rows, b, t1, e, inside, real, ROWS)
+        b_coming = loaded_shared(b_rows, b, t1, group, real, ROWS, N, NO, NI, LN, LC)
+        c_coming = loaded_shared(c_rows, b, t1, group, real, ROWS, N, NO, NI, LN, LC)
         if z_rows.ptr is not None:
-            z = of_rows(z_rows, b, t0, e, inside, real, ROWS)
+            z = all_widened(z_coming, ROWS)
+            z_coming = loaded_rows(z_rows, b, t1, e, inside, real, ROWS)
         ys = empty()
         for r in tl.static_range(ROWS):
             if scan.runs is not None:
@@ -82,11 +97,24 @@ def read_kernel(
                 y += skip * u[r]
             if z_rows.ptr is not None:
                 y *= z[r] * sigmoid(z[r])
-            y = tl.where(inside & real[r], y, 0.0).to(out.dtype.element_ty)
+            y = tl.where(inside & now[r], y, 0.0).to(out.dtype.element_ty)
             tl.store(out + (b * T + t0) * E + e + r * E, y, mask=inside & (t0 + r < T))
 
     if step == groups - 1:
         keep_states(final + b * (E * N), state, first, end, N, NO, NI, CT, LN, LC)
+
+
+@triton.jit
+def which_seen(scan, real, entered, b, t0, T, ROWS: tl.constexpr):
+    """Of tokens that are `real`, which the document `entered` has: of a later one nothing reaches the state before, not
+    even what is not finite."""
+    found = empty()
+    for r in tl.static_range(ROWS):
+        one = real[r]
+        if scan.runs is not None:
+            one = one & (run_of(scan, b, t0 + r, T) == entered)
+        found += (one,)
+    return found
 
 
 @triton.jit(do_not_specialize=["T", "groups", "length", "chunk", "unit"])
@@ -120,28 +148,38 @@ def sweep_kernel(
     if scan.runs is not None:
         entered = run_of(scan, b, start - 1, T)
 
+    real = which_real(scan, b, start, T, ROWS)
+    u_coming = loaded_rows(u_rows, b, start, e, inside, real, ROWS)
+    dt_coming = loaded_rows(dt_rows, b, start, e, inside, real, ROWS)
+    b_coming = loaded_shared(b_rows, b, start, group, real, ROWS, N, NO, NI, LN, LC)
+    if back is not None:
+        seen = which_seen(scan, real, entered, b, start, T, ROWS)
+        dy_coming = loaded_rows(dout, b, start, e, inside, seen, ROWS)
+        c_coming = loaded_shared(c_rows, b, start, group, seen, ROWS, N, NO, NI, LN, LC)
+        if z_rows.ptr is not None:
+            z_coming = loaded_rows(z_rows, b, start, e, inside, seen, ROWS)
     for i in range(tl.cdiv(tl.minimum(start + length, T) - start, ROWS)):
         t0 = start + i * ROWS
         if inner is not None and (t0 > start) & ((t0 - start) % chunk == 0):
             number = (b * groups + step) * (length // chunk - 1) + (t0 - start) // chunk - 1
             keep_states(inner + number * (E * N), state, first, end, N, NO, NI, CT, LN, LC)
             tl.store(upto + number * E + e, total, mask=inside)
-        real = which_real(scan, b, t0, T, ROWS)
-        u = of_rows(u_rows, b, t0, e, inside, real, ROWS)
-        delta, _ = stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS, ROWS)
-        write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+        u = all_widened(u_coming, ROWS)
+        delta, _ = steps_of(dt_coming, scan, bias, inside, real, SOFTPLUS, ROWS)
+        write = all_widened(b_coming, ROWS)
+        t1 = t0 + ROWS
+        real = which_real(scan, b, t1, T, ROWS)
+        u_coming = loaded_rows(u_rows, b, t1, e, inside, real, ROWS)
+        dt_coming = loaded_rows(dt_rows, b, t1, e, inside, real, ROWS)
+        b_coming = loaded_shared(b_rows, b, t1, group, real, ROWS, N, NO, NI, LN, LC)
         if back is not None:
-            seen = empty()
-            for r in tl.static_range(ROWS):
-                one = real[r]
-                if scan.runs is not None:
-                    # of a later document nothing reaches the state before, not even what is not finite
-                    one = one & (run_of(scan, b, t0 + r, T) == entered)
-                seen += (one,)
-            dy = of_rows(dout, b, t0, e, inside, seen, ROWS)
+            dy, read = all_widened(dy_coming, ROWS), all_widened(c_coming, ROWS)
+            seen = which_seen(scan, real, entered, b, t1, T, ROWS)
+            dy_coming = loaded_rows(dout, b, t1, e, inside, seen, ROWS)
+            c_coming = loaded_shared(c_rows, b, t1, group, seen, ROWS, N, NO, NI, LN, LC)
             if z_rows.ptr is not None:
-                z = of_rows(z_rows, b, t0, e, inside, seen, ROWS)
-            read = of_shared(c_rows, b, t0, group, seen, ROWS, N, NO, NI, LN, LC)
+                z = all_widened(z_coming, ROWS)
+                z_coming = loaded_rows(z_rows, b, t1, e, inside, seen, ROWS)
         for r in tl.static_range(ROWS):
             total += delta[r]
             decay = tl.exp2(spread(delta[r]) * a)
