@@ -86,6 +86,7 @@ RESIDENT = 8
 FEW, FEW_ROWS = 2, 2
 """For MANY and ROWS where there is no GPU"""
 LEAST = 64
+BACK = int(__import__('os').environ.get('BACK','4'))
 """tokens of a group"""
 
 
@@ -259,16 +260,17 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     if call.initial is not None:
         found["initial_state"] = torch.empty_like(call.initial)
     programs = B * G * slots * count
-    scratch = call.wide(programs, groups.chunk // call.take, call.layout.held)
+    constants = (call.constants[0], BACK, *call.constants[2:])
+    scratch = call.wide(programs, groups.chunk // BACK, call.layout.held)
     BACKWARD(
         (programs,),
-        (call.known, known_by(dout, final), count > 1),
+        (call.known, known_by(dout, final), count > 1, BACK),
         *(*call.operands, call.scan, rows(dout), Around(call.initial, states, inner, upto, final, back)),
         Grads(
             *(found["u"], found["dt"], found.get("z"), shares["b"], shares["c"]),
             *(sums["a"], sums.get("d"), sums.get("dt_bias"), found.get("initial_state")),
         ),
-        *(scratch, B, T, count, groups.tokens, groups.chunk, many, 1, 0.0, *call.constants),
+        *(scratch, B, T, count, groups.tokens, groups.chunk, many, 1, 0.0, *constants),
         num_warps=1,
     )
     found |= {name: part.sum(0).to(inputs[name].dtype) for name, part in shares.items()}
