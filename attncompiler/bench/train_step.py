@@ -12,8 +12,8 @@ against the same network written by hand (`bench.hybrid`).
 Four layers, 256 wide, 4 × 512 tokens, fp32, or a Llama or a hybrid of a billion parameters; loss, gradients, and a step
 of AdamW on both sides. Weights are each side's own first ones, a hybrid's the same; the shapes of all parameters are
 checked to be equal in number. With `--curve` both sides of a Llama too begin with the same weights, and first take so
-many steps on one batch: how far their losses lie apart at most is a column of the table. So is, of a compiled Llama,
-how far the peer's lie from its own without a compiler: what another order of the same roundings does.
+many steps on one batch: how far their losses lie apart at most is a column of the table. Another is, for a Llama of 16
+bits, how far either lies from the same training in fp32, which is what both stand for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -187,18 +187,17 @@ def row(name: str, transformers: Any, setting: Setting, repeats: int | None) -> 
         peer.take(ours)
     elif setting.curve:
         take_weights(ours, peer)
+    exact = None
+    if setting.curve and setting.dtype != torch.float32 and name not in HYBRIDS:
+        exact = curve_in_fp32(name, transformers, setting, peer.state_dict(), input_ids, labels)
     our_step, peer_step = training_step(ours, losses[0]), training_step(peer, losses[1])
     more: dict[str, Any] = {}
     if setting.curve:
-        controlled = setting.compile and name not in HYBRIDS  # FlexAttention without a compiler holds all pairs
-        first = {key: value.clone() for key, value in peer.state_dict().items()} if controlled else {}
         curves = [losses_of(step, setting.curve) for step in (our_step, peer_step)]
         more["loss, first and last"] = f"{curves[0][0]:.4f} → {curves[0][-1]:.4f}"
         more["apart at most"] = apart(curves[0], curves[1])
-        if controlled:
-            peer.load_state_dict(first)
-            again = losses_of(training_step(peer, peer_loss), setting.curve)
-            more["the peer from itself, compiled and not"] = apart(again, curves[1])
+        if exact is not None:
+            more["ours, the peer from fp32"] = f"{apart(curves[0], exact)}, {apart(curves[1], exact)}"
     if slow:
         our_step()
     comparison = compare(
@@ -213,6 +212,21 @@ def row(name: str, transformers: Any, setting: Setting, repeats: int | None) -> 
 def losses_of(step: Callable[[], Tensor], count: int) -> Tensor:
     """The losses before each of so many steps."""
     return torch.stack([step() for _ in range(count)]).double().cpu()
+
+
+def curve_in_fp32(
+    name: str, transformers: Any, setting: Setting, weights: dict[str, Tensor], input_ids: Tensor, labels: Tensor
+) -> Tensor:
+    """The losses of transformers' model in fp32 from the same weights: products in TF32 where the device has it."""
+    model = peer_model(name, transformers, replace(setting, dtype=torch.float32))
+    model.load_state_dict(weights)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        step = training_step(model, lambda: model(input_ids=input_ids, labels=labels, shift_labels=labels).loss)
+        return losses_of(step, setting.curve)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def apart(ours: Tensor, theirs: Tensor) -> str:
