@@ -47,7 +47,7 @@ class Layout:
 
 
 WARP = 32
-HELD = 16
+HELD = int(__import__('os').environ.get('HELD','16'))
 """numbers of state for a thread"""
 
 

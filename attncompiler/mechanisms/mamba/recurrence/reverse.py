@@ -21,14 +21,15 @@ from attncompiler.mechanisms.mamba.recurrence.tokens import (
     channels,
     keep_states,
     loaded_rows,
-    loaded_shared,
     of_channels,
+    of_rows,
     of_shared,
     over_channels,
     over_states,
     run_of,
     spread,
     states_of,
+    stepped,
     steps_of,
     which_real,
     with_channel,
@@ -181,36 +182,18 @@ def backward_kernel(
                 put_own(own + piece * HELD, state, NO, NI, CT, LN, LC)
             tl.debug_barrier()
 
-            last = begin + (pieces - 1) * ROWS
-            real = which_real(scan, b, last, T, ROWS)
-            u_coming = loaded_rows(u_rows, b, last, e, inside, real, ROWS)
-            dt_coming = loaded_rows(dt_rows, b, last, e, inside, real, ROWS)
-            out_coming = loaded_rows(dout, b, last, e, inside, real, ROWS)
-            b_coming = loaded_shared(b_rows, b, last, group, real, ROWS, N, NO, NI, LN, LC)
-            c_coming = loaded_shared(c_rows, b, last, group, real, ROWS, N, NO, NI, LN, LC)
-            if z_rows.ptr is not None:
-                z_coming = loaded_rows(z_rows, b, last, e, inside, real, ROWS)
-            own_coming = get_own(own + (pieces - 1) * HELD, NO, NI, CT, LN, LC)
             for j in range(pieces):
                 piece = pieces - 1 - j
                 t0 = begin + piece * ROWS
-                now = real
-                u, d_out = all_widened(u_coming, ROWS), all_widened(out_coming, ROWS)
-                delta, slope = steps_of(dt_coming, scan, bias, inside, now, SOFTPLUS, ROWS)
-                write, read = all_widened(b_coming, ROWS), all_widened(c_coming, ROWS)
-                state = own_coming
-                ahead = tl.maximum(piece - 1, 0)
-                t1 = begin + ahead * ROWS
-                real = which_real(scan, b, t1, T, ROWS)
-                u_coming = loaded_rows(u_rows, b, t1, e, inside, real, ROWS)
-                dt_coming = loaded_rows(dt_rows, b, t1, e, inside, real, ROWS)
-                out_coming = loaded_rows(dout, b, t1, e, inside, real, ROWS)
-                b_coming = loaded_shared(b_rows, b, t1, group, real, ROWS, N, NO, NI, LN, LC)
-                c_coming = loaded_shared(c_rows, b, t1, group, real, ROWS, N, NO, NI, LN, LC)
+                real = which_real(scan, b, t0, T, ROWS)
+                u = of_rows(u_rows, b, t0, e, inside, real, ROWS)
+                delta, slope = stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS, ROWS)
+                write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+                read = of_shared(c_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
+                d_out = of_rows(dout, b, t0, e, inside, real, ROWS)
                 if z_rows.ptr is not None:
-                    z = all_widened(z_coming, ROWS)
-                    z_coming = loaded_rows(z_rows, b, t1, e, inside, real, ROWS)
-                own_coming = get_own(own + ahead * HELD, NO, NI, CT, LN, LC)
+                    z = of_rows(z_rows, b, t0, e, inside, real, ROWS)
+                state = get_own(own + piece * HELD, NO, NI, CT, LN, LC)
                 states = empty()
                 states += (state,)  # before the first of the tokens, and behind each
                 for r in tl.static_range(ROWS):
@@ -221,7 +204,7 @@ def backward_kernel(
 
                 at_shares = (((slot * B + b) * T + t0) * G + group) * N + shares
                 for r in tl.static_range(ROWS - 1, -1, -1):
-                    there = inside & now[r]
+                    there = inside & real[r]
                     dy = d_out[r]
                     if z_rows.ptr is not None:
                         gate = sigmoid(z[r])
@@ -265,7 +248,7 @@ def backward_kernel(
                     db = db[:, :, :, None] + before_b
                     dc = dc[:, :, :, None] + before_c
                     if scan.real is not None:
-                        db, dc = tl.where(now[r], db, 0.0), tl.where(now[r], dc, 0.0)
+                        db, dc = tl.where(real[r], db, 0.0), tl.where(real[r], dc, 0.0)
                     tl.store(grads.b + at_share, db, mask=shared)
                     tl.store(grads.c + at_share, dc, mask=shared)
             tl.debug_barrier()
