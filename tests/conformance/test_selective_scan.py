@@ -16,6 +16,8 @@ from attncompiler.blocks.gpu import Device
 from attncompiler.mechanisms.mamba.op import selective_scan
 from attncompiler.mechanisms.mamba.recurrence import kernel
 from attncompiler.mechanisms.mamba.recurrence.kernel import (
+    REVERSED,
+    SWEPT,
     Groups,
     backward_groups,
     blocks_together,
@@ -186,9 +188,9 @@ def test_many_groups_of_a_long_sequence(device: str) -> None:
     agree(drawn(700, E=5, N=16), device, tolerance=1e-4)
 
 
-@given(N=st.integers(1, 256))
-def test_a_warp_has_every_number_once(N: int) -> None:
-    layout = layout_for(HOPPER, N)
+@given(N=st.integers(1, 256), side=st.sampled_from([SWEPT, REVERSED]))
+def test_a_warp_has_every_number_once(N: int, side: int) -> None:
+    layout = layout_for(HOPPER, N, side)
     assert N <= layout.NO * layout.NI * layout.LN < max(2 * N, 2)
     assert layout.LN * layout.LC == 32
     assert layout.held <= 32 * 16
@@ -206,7 +208,7 @@ def test_groups_hold_every_token_once(programs: int, T: int, multiprocessors: in
 @pytest.mark.parametrize(("B", "T", "E"), [(8, 2048, 4096), (1, 131072, 2048), (1, 16384, 4096), (1, 2048, 768)])
 def test_programs_fill_a_device_once(B: int, T: int, E: int) -> None:
     """A second round of few programs takes as long as the first."""
-    blocks = B * E // layout_for(HOPPER, 16).channels
+    blocks = B * E // layout_for(HOPPER, 16, REVERSED).channels
     programs = blocks * forward_groups(HOPPER, blocks, T).count
     assert 0.7 * kernel.ENOUGH <= programs / HOPPER.multiprocessors <= kernel.WANTED
     slots = B * -(-blocks // B // blocks_together(HOPPER, blocks, T))

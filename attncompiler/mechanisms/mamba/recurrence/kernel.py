@@ -47,21 +47,23 @@ class Layout:
 
 
 WARP = 32
-HELD = int(__import__('os').environ.get('HELD','16'))
+HELD = 16
 """numbers of state for a thread"""
+SWEPT, REVERSED = 8, 4
+"""of one channel that lie side by side: in the forward and in both sweeps, and in the backward"""
 
 
-def layout_for(device: Device, N: int) -> Layout:
-    """Four numbers of four channels for a thread.
+def layout_for(device: Device, N: int, side: int) -> Layout:
+    """Eight numbers of two channels for a thread, or four numbers of four channels where tokens' gradients are summed.
 
-    Where a thread has all sixteen numbers of one channel it has four times as many of B and C to load and to unpack,
-    and sums over channels take 5 steps between threads for each of 16, in place of 3 for each of 4. For this, sums over
-    a channel's numbers, which were in a thread, take 2 for each of 4 channels. Where more than 8 threads share a
+    What tokens have once for a channel goes to two threads by a step between them, and to four through shared memory,
+    for which a lone warp waits. But the more of a channel's numbers a thread has, the more of B and C it loads and
+    unpacks, and the more sums over channels, of their gradients, it takes part in. Where more than 8 threads share a
     channel, a block has fewer channels than threads, and what tokens have once for a channel lies in several threads:
     of more than two channels the backward has no registers for that.
     """
     wide = power_of_2(N)
-    NI = min(4, wide)
+    NI = min(side, wide)
     LN = max(1, min(WARP, wide // NI))
     NO = wide // (NI * LN)
     CT = min(2 if LN > 8 else 4, LN, HELD // (NO * NI))
@@ -78,15 +80,14 @@ class Groups:
     """tokens of one"""
 
 
-ENOUGH, WANTED = 7, 16
+ENOUGH, WANTED = 7, 12
 """Warps for each multiprocessor: so many need no groups, which cost a sweep; fewer are made so many by groups, which
-is what 128 registers leave room for"""
+is what 168 registers leave room for"""
 RESIDENT = 8
 """Warps that a multiprocessor has room for in the backward, which are all: each has memory for a chunk's states"""
 FEW, FEW_ROWS = 2, 2
 """For MANY and ROWS where there is no GPU"""
 LEAST = 64
-BACK = int(__import__('os').environ.get('BACK','4'))
 """tokens of a group"""
 
 
@@ -148,20 +149,25 @@ class Call:
             None if real is None else real.contiguous().view(torch.uint8),
         )
         self.initial = self.whole("initial_state")
-        self.layout = layout_for(self.device, self.N)
-        self.constants = options.dt_softplus, self.take, self.E, self.G, self.N, *astuple(self.layout)
-        given = known_by(*(each.ptr for each in self.operands), *self.scan, self.initial)
-        self.known = given, self.constants
-        """all that launches are compiled for, but for what is asked of a kernel"""
+        self.softplus = options.dt_softplus
+        self.known = known_by(*(each.ptr for each in self.operands), *self.scan, self.initial)
+        """all that launches are compiled for, but for constants and what is asked of a kernel"""
 
     def whole(self, name: str) -> Tensor | None:
         tensor = self.inputs.get(name)
         return None if tensor is None else tensor.contiguous()
 
-    @property
-    def blocks(self) -> int:
+    def layout(self, side: int) -> Layout:
+        """Of a kernel with so many of a channel's numbers side by side."""
+        return layout_for(self.device, self.N, side)
+
+    def constants(self, layout: Layout) -> tuple[Any, ...]:
+        """Of a kernel whose states lie so."""
+        return self.softplus, self.take, self.E, self.G, self.N, *astuple(layout)
+
+    def blocks(self, layout: Layout) -> int:
         """Of one sequence: no block has channels of two groups."""
-        return self.G * parts(self.E // self.G, self.layout.channels)
+        return self.G * parts(self.E // self.G, layout.channels)
 
     def wide(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.inputs["u"].device)
@@ -169,11 +175,13 @@ class Call:
     def sweep(self, groups: Groups, count: int, dout: Tensor | None, **found: Tensor | None) -> None:
         """What the first `count` groups do to states, into the buffers of `found`."""
         named = [found.get(name) for name in ("added", "lengths", "back", "inner", "upto")]
+        layout = self.layout(SWEPT)
+        constants = self.constants(layout)
         SWEEP(
-            (self.B * self.blocks * count,),
-            (self.known, known_by(dout), *(each is None for each in named)),
+            (self.B * self.blocks(layout) * count,),
+            (self.known, constants, known_by(dout), *(each is None for each in named)),
             *(*self.operands, self.scan, None if dout is None else rows(dout), *named),
-            *(self.T, count, groups.tokens, groups.chunk, 1, *self.constants),
+            *(self.T, count, groups.tokens, groups.chunk, 1, *constants),
             num_warps=1,
         )
 
@@ -183,7 +191,7 @@ class Call:
         """Turn what groups add into the states behind them, or in reverse before them."""
         CARRY(
             (self.B, parts(self.E * self.N, CARRIED)),
-            (self.known, known_by(initial), reverse),
+            (self.known, self.E, self.N, known_by(initial), reverse),
             *(self.scan, states, lengths, initial, self.T, count, groups.tokens),
             *(self.E, self.N, reverse, CARRIED, TOGETHER),
             num_warps=1,
@@ -213,7 +221,9 @@ def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
         return step(inputs, options)
     call = Call(inputs, options)
     B, T, E, N = call.B, call.T, call.E, call.N
-    groups = forward_groups(call.device, B * call.blocks, T)
+    layout = call.layout(SWEPT)
+    constants, blocks = call.constants(layout), B * call.blocks(layout)
+    groups = forward_groups(call.device, blocks, T)
     out = torch.empty_like(inputs["u"], memory_format=torch.contiguous_format)
     final, states = call.wide(B, E, N), None
     if groups.count > 1:
@@ -221,10 +231,10 @@ def forward(inputs: Tensors, options: MambaOptions) -> dict[str, Tensor]:
         call.sweep(groups, groups.count - 1, None, added=states, lengths=lengths)
         call.carry(states, lengths, call.initial, groups, groups.count - 1, reverse=False)
     READ(
-        (B * call.blocks * groups.count,),
-        (call.known, states is None),
+        (blocks * groups.count,),
+        (call.known, constants, states is None),
         *(*call.operands, call.scan, call.initial, states, out, final),
-        *(T, groups.count, groups.tokens, 1, *call.constants),
+        *(T, groups.count, groups.tokens, 1, *constants),
         num_warps=1,
     )
     return {"out": out, "final_state": final}
@@ -236,8 +246,10 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     B, T, E, G, N = call.B, call.T, call.E, call.G, call.N
     dout = grads["out"] if "out" in grads else torch.zeros_like(inputs["u"])
     final = grads["final_state"].contiguous() if "final_state" in grads else None
-    many = blocks_together(call.device, B * call.blocks, T)
-    slots = parts(call.blocks // G, many)
+    layout = call.layout(REVERSED)
+    constants, blocks = call.constants(layout), call.blocks(layout)
+    many = blocks_together(call.device, B * blocks, T)
+    slots = parts(blocks // G, many)
     groups = backward_groups(call.device, B * G * slots, T)
     count = groups.count
 
@@ -260,11 +272,10 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     if call.initial is not None:
         found["initial_state"] = torch.empty_like(call.initial)
     programs = B * G * slots * count
-    constants = (call.constants[0], BACK, *call.constants[2:])
-    scratch = call.wide(programs, groups.chunk // BACK, call.layout.held)
+    scratch = call.wide(programs, groups.chunk // call.take, layout.held)
     BACKWARD(
         (programs,),
-        (call.known, known_by(dout, final), count > 1, BACK),
+        (call.known, constants, known_by(dout, final), count > 1),
         *(*call.operands, call.scan, rows(dout), Around(call.initial, states, inner, upto, final, back)),
         Grads(
             *(found["u"], found["dt"], found.get("z"), shares["b"], shares["c"]),

@@ -28,9 +28,9 @@ from attncompiler.mechanisms.mamba2.recurrence.states import states_kernel
 
 STATES, ROWS, COLUMNS = Launcher(states_kernel), Launcher(rows_kernel), Launcher(columns_kernel)
 
-HELD = 2**28
+HELD = 2**29
 """bytes of states that are held at a time, about"""
-PROGRAMS = 2
+PROGRAMS = 1
 """for each multiprocessor, before a program takes all heads of a group"""
 
 
