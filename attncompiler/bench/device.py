@@ -16,6 +16,9 @@ FLUSH_BYTES = 2**28
 FLUSHES = 16
 """How often: about 1 ms on a large GPU, in which the host can prepare what is timed, as it does in a training step."""
 
+COPIED = {"cuda": 2**31, "cpu": 2**28}
+"""bytes, read and written, of the longest copy that is timed"""
+
 
 class Clock:
     """Times work on one device: CUDA devices by their own events, the CPU by the process's clock."""
@@ -89,9 +92,11 @@ class Clock:
             return str(error).partition("\n")[0]
         return None
 
-    def copy_rate(self) -> float:
-        """Bytes a second that a copy on the device reads and writes, by the median of some turns."""
-        size = 2**30 if self.cuda else 2**27
+    def copy(self, moved: int) -> float:
+        """Seconds of a copy that reads and writes so many bytes together, the median of some turns; beyond `COPIED`,
+        from where on it takes as long a byte, it is that of as many in proportion."""
+        most = COPIED["cuda" if self.cuda else "cpu"]
+        size = max(1, min(moved, most) // 2)
         there, here = (torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2))
         here.fill_(1)
 
@@ -99,4 +104,9 @@ class Clock:
             return there.copy_(here)
 
         self.once(copy)
-        return 2 * size / Samples(tuple(self.once(copy) for _ in range(9))).median
+        return Samples(tuple(self.once(copy) for _ in range(9))).median * moved / (2 * size)
+
+    def copy_rate(self) -> float:
+        """Bytes a second that a long copy on the device reads and writes."""
+        moved = COPIED["cuda" if self.cuda else "cpu"]
+        return moved / self.copy(moved)

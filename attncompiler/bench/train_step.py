@@ -217,9 +217,12 @@ def losses_of(step: Callable[[], Tensor], count: int) -> Tensor:
 def curve_in_fp32(
     name: str, transformers: Any, setting: Setting, weights: dict[str, Tensor], input_ids: Tensor, labels: Tensor
 ) -> Tensor:
-    """The losses of transformers' model in fp32 from the same weights: products in TF32 where the device has it."""
+    """The losses of transformers' model in fp32 from the same weights: products in TF32 where the device has it, and
+    layers run again for their gradients, since of a billion parameters a device holds no more in fp32."""
     model = peer_model(name, transformers, replace(setting, dtype=torch.float32))
     model.load_state_dict(weights)
+    newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.24 warns of the other
+    (newer or model.gradient_checkpointing_enable)()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -163,7 +163,7 @@ def _run(
     if format == "json":
         about = {"target": target.name, **facts.model_dump(), "dtype": named, "repeats": repeats}
         rates = {"copy_bytes_per_second": copy_rate}
-        data = [report.as_data(bench, result, copy_rate) for result in taken]
+        data = [report.as_data(bench, result) for result in taken]
         more = {"comparisons": [report.comparison_data(each) for each in compared]} if compared else {}
         output.as_json({**about, **rates, "rows": data, **more, "saved": saved and str(saved)})
     else:

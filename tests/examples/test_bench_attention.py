@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -353,6 +354,27 @@ def test_what_is_slow_is_not_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> 
     assert cell.both.kind == "too slow"
 
 
+def test_nobody_has_the_same_neighbour_in_every_turn() -> None:
+    """What a call takes depends on the one before it."""
+    begun: list[str] = []
+
+    def noted(name: str) -> Contestant:
+        def prepare(inputs: Inputs) -> Call:
+            right = contestants.member("sdpa").prepare(inputs)
+            return replace(right, forward=lambda: (begun.append(name), right.forward())[1])
+
+        return Contestant(name, "peer", prepare)
+
+    names = ("a", "b", "c", "d")
+    measure(STEP, *(noted(name) for name in names), repeats=40)
+    turns = list(zip(*[iter(begun[-4 * 40 :])] * 4, strict=True))
+    assert all(sorted(turn) == list(names) for turn in turns)
+    for name in names:
+        before = Counter(turn[turn.index(name) - 1] for turn in turns if turn[0] != name)
+        assert len(before) == 3
+        assert max(before.values()) < 0.7 * before.total()
+
+
 @given(st.integers(1, 200), st.data())
 def test_turns_are_spread_over_all_of_them(most: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(0, most))
@@ -419,13 +441,13 @@ def test_two_kernels_that_share_a_call_are_measured_together() -> None:
     assert result.plan is result.cells["auto"]
     _, verdict, *_ = report.tables(BENCH, "small", [result], None)
     assert dict(zip(verdict.columns, verdict.rows[0], strict=True))["planned"] == "sdpa, backward chunkwise"
-    assert report.as_data(BENCH, result, None)["planned_backward"] == "chunkwise"
+    assert report.as_data(BENCH, result)["planned_backward"] == "chunkwise"
     assert [sorted(entry.kernels) for entry in keep.entries([result], RUN, "float32")] == [["chunkwise", "sdpa"]]
 
 
 def test_speed_counts_visible_pairs_and_a_step_what_it_reads() -> None:
     assert RESULT.count.flops["forward"] == 4 * 2 * 8 * 1640
-    data = report.as_data(BENCH, RESULT, None)
+    data = report.as_data(BENCH, RESULT)
     assert data["cells"]["a"]["forward"]["flops_per_second"] == RESULT.count.flops["forward"] / 2.0
     assert data["cells"]["a"]["both"]["flops_per_second"] == 3.5 * RESULT.count.flops["forward"] / 4.0
     assert data["cells"]["X"]["both"] == {"problem": "no memory", "reason": "no room"}

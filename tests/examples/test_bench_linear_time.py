@@ -534,29 +534,45 @@ def test_long_rows_are_not_asked_of_the_reference_nor_of_the_plain_form(monkeypa
 
 def found(bench: Bench, row: TimedRow, forward: float, both: float | None = None, **more: Cell) -> Measured:
     taken = Cell("member", Samples((forward,)), None if both is None else Samples((both,)))
-    return Measured(row, 2, bench.count(row, 2), ("a",), {"a": taken, **more})
+    copies = {"forward": 1.0} if both is None else {"forward": 1.0, "both": 2.8}
+    return Measured(row, 2, bench.count(row, 2), ("a",), {"a": taken, **more}, copies=copies)
 
 
 def test_the_share_of_the_floor_is_that_of_a_copy() -> None:
     bench, row = linear_bench.BENCH, LINEAR[1]
     result = found(bench, row, 2.0, 4.0, fla=Cell("peer", Samples((6.0,)), Samples((10.0,)), peak_bytes=2**20))
     size = 2 * 2 * 40 * 2 * (8 + 6)
-    speeds, verdict, *_ = report.tables(bench, "raw", [result], size / 1.0)
+    speeds, verdict, *_ = report.tables(bench, "raw", [result], None)
     assert speeds.title == "raw: ms, forward / forward + backward"
     assert speeds.rows == (("tiny", "2,000/4,000", "6,000/10,000"),)
     shown = dict(zip(verdict.columns, verdict.rows[0], strict=True))
-    both = size + size + 2 * 40 * 2 * (8 + 8 + 6)  # the output's gradient in the place of the output, and gradients
-    assert shown["of floor"] == f"0.50 / {both / size / 4:.2f}" == "0.50 / 0.70"
+    assert shown["of floor"] == "0.50 / 0.70"
     assert shown["over best peer"] == "3.00 / 2.50"
     assert shown["best peer's"] == "1"
     assert "over FA2" not in shown
-    data = report.as_data(bench, result, float(size))
+    data = report.as_data(bench, result)
     assert data["share_of_floor"]["forward"] == 0.5
     assert (data["feature_map"], data["T"], data["tokens"]) == ("identity", 40, 40)
     cell = data["cells"]["a"]["forward"]
     assert cell["bytes_per_second"] == size / 2
     assert cell["seconds_per_token"] == 2.0 / 40
-    assert report.as_data(bench, result, None)["share_of_floor"] == {}
+    assert data["copy_seconds"] == {"forward": 1.0, "both": 2.8}
+    assert report.as_data(bench, replace(result, copies={}))["share_of_floor"] == {}
+
+
+def test_a_row_has_a_copy_of_as_many_bytes_measured() -> None:
+    copied = []
+
+    class Counting(Clock):
+        def copy(self, moved: int) -> float:
+            copied.append(moved)
+            return super().copy(moved)
+
+    bench, row = linear_bench.BENCH, LINEAR[1]
+    taken = grid.measure(bench, row, bench.members("cpu", row), Counting("cpu"), torch.float32, 1, ["chunkwise"])
+    assert copied == list(bench.count(row, 4).floor.values())
+    assert all(seconds > 0 for seconds in taken.copies.values())
+    assert taken.copies.keys() == {"forward", "both"}
 
 
 def test_steps_are_told_by_the_states_they_move() -> None:

@@ -68,6 +68,8 @@ class Measured:
     """why the device can do no more, where that happened in this row"""
     backward: tuple[str, ...] = ()
     """the same as `chain` in the order in which their backwards would be tried; empty where the row has none"""
+    copies: Mapping[Way, float] = field(default_factory=dict)
+    """seconds of a copy that reads and writes as many bytes as the row must, in a row that is set beside one"""
 
     @property
     def plan(self) -> Cell | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attncompiler.bench.device import Clock
 from attncompiler.bench.grid.bench import Bench
-from attncompiler.bench.grid.cells import Cell, Measured, Problem, Way
+from attncompiler.bench.grid.cells import Cell, Count, Measured, Problem, Way
 from attncompiler.bench.grid.contestants import Absent, Call, Contestant, Inputs
 from attncompiler.bench.grid.rows import Row
 from attncompiler.bench.measure import Samples, Work
@@ -65,7 +65,7 @@ def measure(
             taking.warm(bench.auto, inputs)  # what is run is a pair of kernels
         taking.time(repeats)
     count = bench.count(row, dtype.itemsize)
-    return Measured(row, dtype.itemsize, count, chain, taking.cells, taking.lost, back)
+    return Measured(row, dtype.itemsize, count, chain, taking.cells, taking.lost, back, taking.copies(count))
 
 
 class _Row:
@@ -156,6 +156,15 @@ class _Row:
             for name, seconds in taken.items():
                 samples = Samples(tuple(seconds) or (works[name][1],))
                 self.cells[name] = self.cells[name].given(way, samples)
+
+    def copies(self, count: Count) -> dict[Way, float]:
+        """Seconds of copies of what must be moved, once all else is done."""
+        taken: dict[Way, float] = {}
+        for way, size in count.floor.items():
+            seconds = None if self.lost else self.attempt(partial(self.clock.copy, size))
+            if isinstance(seconds, float):
+                taken[way] = seconds
+        return taken
 
     def _turn(self, way: Way, names: Sequence[str], taken: dict[str, list[float]]) -> None:
         """One turn; who fails in it is not timed any more."""

@@ -58,10 +58,10 @@ def ratios(result: Measured, rival: str | None = None) -> dict[str, dict[str, fl
     return found
 
 
-def floor_shares(result: Measured, copy_rate: float | None) -> dict[Way, float]:
+def floor_shares(result: Measured) -> dict[Way, float]:
     """How long a copy of what the row must move takes, as a share of the planned kernel's time; by way."""
-    times = {way: (size, median(result.plan, way)) for way, size in result.count.floor.items()}
-    return {way: size / copy_rate / taken for way, (size, taken) in times.items() if copy_rate and taken}
+    times = {way: (copied, median(result.plan, way)) for way, copied in result.copies.items()}
+    return {way: copied / taken for way, (copied, taken) in times.items() if taken}
 
 
 def short_of(result: Measured) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ def tables(bench: Bench, group: str, results: Sequence[Measured], copy_rate: flo
     what = "forward / forward + backward" if backward else "forward"
     beside = f", {unit.note}" if unit.note else ""
     yield Table(f"{group}: {unit.name}, {what}{beside}", (group, *timed), tuple(speeds), tuple(timed))
-    yield _verdicts(bench, group, results, copy_rate)
+    yield _verdicts(bench, group, results)
     notes = tuple(_notes(results))
     if notes:
         yield Table("", ("without a time", "what", "in", "because"), notes)
@@ -109,16 +109,16 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _verdicts(bench: Bench, group: str, results: Sequence[Measured], copy_rate: float | None) -> Table:
+def _verdicts(bench: Bench, group: str, results: Sequence[Measured]) -> Table:
     """A line for each row; what nobody has (memory on a CPU, peers that were not asked) has no column."""
-    lines = [_verdict(result, bench.rival, copy_rate) for result in results]
+    lines = [_verdict(result, bench.rival) for result in results]
     heads = [head for head in lines[0] if any(line[head] != NOTHING for line in lines)]
     return Table(
         "", (group, *heads[1:]), tuple(tuple(line[head] for head in heads) for line in lines), tuple(heads[2:])
     )
 
 
-def _verdict(result: Measured, rival: str | None, copy_rate: float | None) -> dict[str, str]:
+def _verdict(result: Measured, rival: str | None) -> dict[str, str]:
     found, plan = ratios(result, rival), result.plan
     name = result.chain[0] if result.chain else "none"
     if AUTO in result.cells:
@@ -135,7 +135,7 @@ def _verdict(result: Measured, rival: str | None, copy_rate: float | None) -> di
         "of best member": _pair(found["best_member"]) + (" !" if short_of(result) else ""),
         "over best peer": _pair(found["best_peer"]),
         **({} if rival is None else {f"over {rival}": _pair(found[rival.lower()])}),
-        "of floor": _pair(floor_shares(result, copy_rate)),
+        "of floor": _pair(floor_shares(result)),
         "MiB": _mib(plan),
         "best peer's": _mib(best),
     }
@@ -179,8 +179,8 @@ def lines(comparisons: Sequence[Comparison]) -> Iterator[str]:
 # --- for machines -------------------------------------------------------------------------------------------------
 
 
-def as_data(bench: Bench, result: Measured, copy_rate: float | None) -> dict[str, Any]:
-    """Everything of one row. Of a bench whose rows have a floor, `share_of_floor` where a copy was measured."""
+def as_data(bench: Bench, result: Measured) -> dict[str, Any]:
+    """Everything of one row. Of a bench whose rows have a floor, the seconds of a copy and `share_of_floor`."""
     return {
         "row": result.row.id,
         **bench.facts(result),
@@ -189,7 +189,7 @@ def as_data(bench: Bench, result: Measured, copy_rate: float | None) -> dict[str
         "planned_backward": result.backward[0] if result.backward else None,
         "cells": {name: _cell_data(cell, result) for name, cell in result.cells.items()},
         "planned_over": ratios(result, bench.rival),
-        **({"share_of_floor": floor_shares(result, copy_rate)} if result.count.floor else {}),
+        **({"copy_seconds": dict(result.copies), "share_of_floor": floor_shares(result)} if result.count.floor else {}),
         "short_of_best_member": list(short_of(result)),
         "device_lost": result.lost,
     }
