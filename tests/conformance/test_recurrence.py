@@ -53,6 +53,38 @@ def test_where_a_sequence_is_cut_does_not_matter(device: str, T: int, reverse: b
     torch.testing.assert_close(found.out.double(), reference(x, y, u, decay, reverse), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("T", "each"), [(1, 1), (33, 2), (150, 2)])
+def test_marks_count_by_the_maximum_so_far(device: str, T: int, each: int, begun: bool, reverse: bool) -> None:
+    """Also where it grows by more than fp32 has powers of 2 within a chunk, and where nothing was marked at first."""
+    generator = torch.Generator().manual_seed(T)
+    x, y, u = (torch.randn(1, T, 2, 16, generator=generator).to(device) for _ in range(3))
+    own = torch.randn(1, 2, T, generator=generator) + torch.arange(T) * 10.0
+    own[0, 1, : T // 3] = -math.inf
+    before = torch.tensor([[3.0, 200.0]]) if begun else torch.full((1, 2), -math.inf)
+    tops = torch.maximum(own, before[..., None]).cummax(-1).values
+    lowest = torch.finfo(torch.float32).min
+    marks = torch.stack([tops.clamp(min=lowest), own]).to(device)
+    first = before.clamp(min=lowest).to(device) if begun else None
+    state = torch.randn(1, 2, 16, 16, generator=generator).to(device) if begun and not reverse else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "tiles_for", lambda *_: Tiles(16, 16, 4, 1))
+        patch.setattr(launch, "groups_for", lambda *_: Groups(-(-T // (16 * each)), each, 16))
+        order = Order(marks=marks, first=first)
+        initial = None if state is None else state.flatten(2).contiguous()
+        found = run(Side(x), Side(y), Side(u), order, H=2, reverse=reverse, initial=initial)
+    held, seen = marks.double(), torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    weights = torch.exp2((held[1][..., None, :] - held[0][..., :, None]).masked_fill(~seen, -math.inf))
+    weights = weights.mT if reverse else weights
+    pairs = torch.einsum("bihk,bjhk->bhij", x.double(), y.double()) * weights
+    expected = torch.einsum("bhij,bjhw->bihw", pairs, u.double())
+    if state is not None:
+        left = torch.exp2(before.to(device).double()[..., None] - held[0])
+        expected += torch.einsum("bhi,bihk,bhkw->bihw", left, x.double(), state.double())
+    torch.testing.assert_close(found.out.double(), expected, atol=2e-5, rtol=2e-5)
+
+
 def test_a_decay_that_leaves_nothing_does_not_blur_the_others(device: str) -> None:
     """Sums behind many resets are thousands; what lies between two tokens after them is still a small number."""
     T = 64

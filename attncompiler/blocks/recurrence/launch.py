@@ -58,6 +58,10 @@ class Order:
     """(B, T) bool"""
     strict: bool = False
     """whether a token does not see itself"""
+    marks: Tensor | None = None
+    """(2, B, H, T): in the place of decays, the running maxima and the tokens' own marks, logarithms of 2"""
+    first: Tensor | None = None
+    """(B, H): with marks, the maximum before the first token; None where nothing was before"""
     _sums: dict[int, Tensor] = field(default_factory=dict)
 
     def sums(self, tokens: int) -> Tensor | None:
@@ -83,7 +87,7 @@ class Order:
 
     def argument(self, tokens: int) -> Times:
         runs = None if self.runs is None else self.runs.to(torch.int32).contiguous()
-        return Times(self.sums(tokens), runs, self.there)
+        return Times(self.sums(tokens), self.marks, self.first, runs, self.there)
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,8 @@ def pass_kernel(
     block, place = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     step, both = place % groups, place // groups
     RUNS: tl.constexpr = times.runs is not None
-    PASSED: tl.constexpr = (times.sums is not None) or RUNS  # whether a state is weighted
+    TIMED: tl.constexpr = (times.sums is not None) or (times.marks is not None)
+    PASSED: tl.constexpr = TIMED or RUNS  # whether a state is weighted
     LEFT: tl.constexpr = PASSED or (scales is not None)
     first = block * BLOCK_W
     w, o = first + tl.arange(0, BLOCK_W), tl.arange(0, C)
@@ -213,7 +214,7 @@ def pass_kernel(
     coming = chunk_met(lowest, stop, behind, T, C, REVERSE) * C
     nothing = tl.full([], 0.0, tl.float32)
     near, rest, near_all, rest_all, factor = nothing, nothing, nothing, nothing, nothing
-    if times.sums is not None:
+    if TIMED:
         near, rest, near_all, rest_all = sums_of(times, both, coming, T, apart, C, WHOLE)
     if scales is not None:
         factor = per_token(scales, both, coming, T, is_real(times, b, coming + o, T), C, WHOLE)
@@ -245,7 +246,7 @@ def pass_kernel(
                     one = per_token(added.rows, both, start, T, real, C, WHOLE)
                 pairs += one[:, None] * count[None, :]
                 found += one[:, None] * more[None, :]
-            if (times.sums is not None) or (scales is not None):
+            if TIMED or (scales is not None):
                 pairs *= weights
             pairs = tl.where(seen, pairs, 0.0)
             if PASSED:
@@ -314,7 +315,7 @@ def pass_kernel(
             kept *= through
         state = tl.dot(tl.trans(column), summed, state, input_precision=PRECISION)
         coming = chunk_met(i + 1, stop, behind, T, C, REVERSE) * C
-        if times.sums is not None:
+        if TIMED:
             near, rest, near_all, rest_all = sums_of(times, both, coming, T, apart, C, WHOLE)
         if scales is not None:
             factor = per_token(scales, both, coming, T, is_real(times, b, coming + o, T), C, WHOLE)

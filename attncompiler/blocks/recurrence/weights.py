@@ -3,6 +3,9 @@
 Exponents are of base 2. A sum of decays up to a token is kept as a whole number and a remainder of at most 1/2, so that
 the difference of two long sums still holds what lies between two tokens that are near: the sum is taken in fp64, of the
 few numbers of a chunk, once for all programs of a head.
+
+Where sums are kept as multiples of the exponential of a running maximum there are marks in the place of decays: a
+column with mark m counts for a row whose maximum is M by 2^(m − M), and a state by that of the last token that it has.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-8192.0)
 """an exponent by which anything becomes 0, and of which a chunk's sum is exact"""
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""fp32's least number, a maximum of nothing: −∞ less it is −∞, where less itself that is NaN"""
 
 
 class Times(NamedTuple):
@@ -22,6 +27,10 @@ class Times(NamedTuple):
 
     sums: Any
     """(2, B, H, T): of decays, as `sums_kernel` leaves them"""
+    marks: Any
+    """(2, B, H, T): the running maxima and the tokens' own marks, where there are no decays"""
+    first: Any
+    """(B, H): the maximum before the first token; None where it is the least there is"""
     runs: Any
     """(B, T) int32: the number of the document a token is of"""
     real: Any
@@ -84,8 +93,8 @@ def chunk_met(i, stop, behind, T, C: tl.constexpr, REVERSE: tl.constexpr):
 
 @triton.jit
 def sums_of(times, both, start, T, apart, C: tl.constexpr, WHOLE: tl.constexpr):
-    """Of a chunk of one head: the decays' sums up to its tokens, as whole numbers and remainders; and those of all."""
-    at = times.sums + place_of(both, start, T, C, WHOLE)
+    """Of a chunk of one head: the decays' sums up to its tokens, as whole numbers and remainders; and those of all. Of
+    marks: its tokens' maxima and marks; and the last token's maximum, and that of the token before them."""
     held = tl.arange(0, C)
     if WHOLE:
         apart = tl.multiple_of(apart, C)
@@ -93,7 +102,15 @@ def sums_of(times, both, start, T, apart, C: tl.constexpr, WHOLE: tl.constexpr):
     else:
         end = tl.minimum(C, T - start) - 1
         held = tl.minimum(held, end)  # what lies behind the last token is as far as that
-    return tl.load(at + held), tl.load(at + apart + held), tl.load(at + end), tl.load(at + apart + end)
+    if times.marks is not None:
+        at = times.marks + place_of(both, start, T, C, WHOLE)
+        before = tl.load(at - 1, mask=start > 0, other=LOWEST)
+        if times.first is not None:
+            before = tl.where(start > 0, before, tl.load(times.first + both))
+        return tl.load(at + held), tl.load(at + apart + held), tl.load(at + end), before
+    else:
+        at = times.sums + place_of(both, start, T, C, WHOLE)
+        return tl.load(at + held), tl.load(at + apart + held), tl.load(at + end), tl.load(at + apart + end)
 
 
 @triton.jit
@@ -124,6 +141,12 @@ def weights_by(
         enters = tl.exp2(whole + part)
         leaves = tl.exp2((whole_of_all - whole) + (part_of_all - part))
         through = tl.exp2(whole_of_all + part_of_all)
+    if times.marks is not None:
+        between = part[:, None] - whole[None, :] if REVERSE else part[None, :] - whole[:, None]
+        weights = tl.exp2(tl.where(seen, between, 0.0))
+        enters = tl.exp2(part_of_all - whole)
+        leaves = tl.exp2(part - whole_of_all)
+        through = tl.exp2(part_of_all - whole_of_all)
     if times.runs is not None:
         enters = tl.where(run == before, enters, 0.0)
         leaves = tl.where(run == last, leaves, 0.0)

@@ -2,8 +2,9 @@
 
 With m the logarithm of a key's largest feature and g the decays, a token sees keys of up to exp(M), M[t] being the
 larger of M[t−1] + g[t] and m[t]. Sums as multiples of exp(M[t]) are those of a recurrence again, whose columns are
-multiplied by exp(m − M) and whose decays are M[t−1] + g[t] − M[t], never above 0. Where a token sees what comes later,
-M is that of its whole document and nothing decays.
+multiplied by exp(m − M) and whose decays are M[t−1] + g[t] − M[t], never above 0. Where nothing decays by itself a key
+counts for a query by exp(m − M) at once: m and M are marks of the recurrence. Where a token sees what comes later, M is
+that of its whole document.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from attncompiler.blocks.gpu import Device, device_of, parts, power_of_2
 from attncompiler.blocks.launching.launcher import Launcher, known_by
 from attncompiler.blocks.recurrence.launch import DTYPES, Side, precision
 from attncompiler.blocks.recurrence.passes import tile
+from attncompiler.blocks.recurrence.weights import LOG2E, LOWEST
 
 NOTHING = tl.constexpr(float("-inf"))
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""fp32's least number: −∞ less it is −∞, where less itself that is NaN"""
 
 
 # --- features -----------------------------------------------------------------------------------------------------
@@ -178,14 +178,16 @@ def carried_kernel(totals, initial, carried, chunks, N: tl.constexpr):
         before = tl.sum(tl.where(o == N - 1, top, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=["T", "H", "apart"])
 def tops_kernel(
-    largest, queries, decay, batch, token, head, runs, real, carried, first, tops, passed, columns, levels, T, H,
+    largest, queries, decay, batch, token, head, runs, real, carried, first, tops, passed, columns, levels,
+    marks, apart, T, H,
     C: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """`tops` (B, H, T), the running maximum M, or the larger of it and `first`; and of the recurrence of multiples of
     exp(M), where they are asked: its decays `passed`, the factors of its `columns`, and the `levels` of its rows, whose
-    `queries` have logarithms likewise; each (B, H, T), fp32."""
+    `queries` have logarithms likewise; each (B, H, T), fp32. `marks` are M and m as logarithms of 2, `apart` from one
+    another."""
     chunks = tl.cdiv(T, C)
     both, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     o = tl.arange(0, C)
@@ -212,6 +214,10 @@ def tops_kernel(
         tl.store(columns + base + t, tl.exp(m.to(tl.float32) - least), mask=there)
     if levels is not None:
         tl.store(levels + base + t, tl.load(queries + base + t, mask=there, other=0.0) + top, mask=there)
+    if marks is not None:
+        mark = top * LOG2E
+        tl.store(marks + base + t, tl.where(mark < LOWEST, LOWEST, mark), mask=there)
+        tl.store(marks + apart + base + t, m.to(tl.float32) * LOG2E, mask=there)
 
 
 # --- launching ----------------------------------------------------------------------------------------------------
@@ -306,11 +312,15 @@ class Tops:
     m: Tensor
     """(B, H, T)"""
     decay: Tensor | None
-    """(B, T, H): None where nothing decays, since M is one for all tokens of a document"""
-    columns: Tensor
-    """(B, H, T): what keys are multiplied by"""
+    """(B, T, H): None where M is one for all tokens of a document, or there are marks"""
+    columns: Tensor | None
+    """(B, H, T): what keys are multiplied by; None where there are marks"""
     levels: Tensor
     """(B, H, T): the logarithms of what sums are multiples of"""
+    marks: Tensor | None = None
+    """(2, B, H, T): M and m as the recurrence's `Order` has them"""
+    first: Tensor | None = None
+    """(B, H): M before the first token likewise, where there was one"""
 
 
 def tops_of(
@@ -327,15 +337,36 @@ def tops_of(
     there = None if real is None else real.contiguous().view(torch.uint8)
     initial = None if initial is None else initial.contiguous()
     wide: dict[str, Any] = {"dtype": torch.float32, "device": keys.device}
-    tops, columns, levels = (torch.empty(keys.shape, **wide) for _ in range(3))
+    tops, levels = torch.empty(keys.shape, **wide), torch.empty(keys.shape, **wide)
+    if causal and decay is None:
+        marks = torch.empty(2, *keys.shape, **wide)
+        _scan(queries, keys, None, runs, there, initial, None, Asked(tops, levels=levels, marks=marks))
+        first = None if initial is None else (initial * LOG2E.value).clamp(min=LOWEST.value)
+        return Tops(tops, None, None, levels, marks, first)
+    columns = torch.empty(keys.shape, **wide)
     if causal:
         passed = torch.empty(keys.shape, **wide)
-        _scan(queries, keys, decay, runs, there, initial, None, (tops, passed, columns, levels))
+        _scan(queries, keys, decay, runs, there, initial, None, Asked(tops, passed, columns, levels))
         return Tops(tops, passed.transpose(1, 2), columns, levels)
     upto = torch.empty(keys.shape, **wide)
-    _scan(queries, keys, None, runs, there, initial, None, (upto, None, None, None))
-    _scan(queries, keys, None, runs, there, None, upto, (tops, None, columns, levels))
+    _scan(queries, keys, None, runs, there, initial, None, Asked(upto))
+    _scan(queries, keys, None, runs, there, None, upto, Asked(tops, None, columns, levels))
     return Tops(tops, None, columns, levels)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is found of the running maximum, None where nobody asks for it: as `tops_kernel` says."""
+
+    tops: Tensor
+    passed: Tensor | None = None
+    columns: Tensor | None = None
+    levels: Tensor | None = None
+    marks: Tensor | None = None
+
+    def arguments(self) -> tuple[Any, ...]:
+        apart = 0 if self.marks is None else self.marks.stride(0)
+        return self.tops, self.passed, self.columns, self.levels, self.marks, apart
 
 
 def _scan(
@@ -346,7 +377,7 @@ def _scan(
     real: Tensor | None,
     initial: Tensor | None,
     first: Tensor | None,
-    found: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    asked: Asked,
 ) -> None:
     """The maximum from the first token on, or with a `first` one, from the last on."""
     B, H, T = keys.shape
@@ -356,6 +387,7 @@ def _scan(
     exact: dict[str, Any] = {"dtype": torch.float64, "device": keys.device}
     totals, carried = torch.empty(B * H, chunks, 2, **exact), torch.empty(B * H, chunks + 1, **exact)
     strides = (0, 0, 0) if decay is None else decay.stride()
+    found = asked.arguments()
     known = known_by(keys, decay, runs, real, initial), tuple(each is None for each in found), reverse
     steps = decay, *strides, runs, real
     TOTALS((B * H * chunks,), known, keys, *steps, totals, T, H, tokens, reverse)

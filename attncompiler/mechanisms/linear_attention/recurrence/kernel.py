@@ -45,6 +45,8 @@ class Call:
         self.B, self.T, self.H, self.R = self.q.shape
         self.V = self.v.shape[-1]
         self.order = Order(decay, runs, self.real)
+        if self.tops is not None:
+            self.order = replace(self.order, marks=self.tops.marks, first=self.tops.first)
         self.others = Order(None, runs, self.real, strict=True)
         """of the sums over what comes later, where those count too: a token is in the first sums already"""
         self.wide: dict[str, Any] = {"dtype": torch.float32, "device": self.q.device}
@@ -56,7 +58,7 @@ class Call:
 
     @property
     def columns(self) -> Tensor | None:
-        """(B, H, T): what keys are multiplied by; None where that is 1."""
+        """(B, H, T): what keys are multiplied by; None where that is 1, or marks say it."""
         return None if self.tops is None else self.tops.columns
 
     def grown(self) -> Tensor:
