@@ -104,7 +104,7 @@ def sums_of(times, both, start, T, apart, C: tl.constexpr, WHOLE: tl.constexpr):
         held = tl.minimum(held, end)  # what lies behind the last token is as far as that
     if times.marks is not None:
         at = times.marks + place_of(both, start, T, C, WHOLE)
-        before = tl.load(at - 1, mask=start > 0, other=LOWEST)
+        before = tl.where(start > 0, tl.load(at - tl.minimum(start, 1)), LOWEST)
         if times.first is not None:
             before = tl.where(start > 0, before, tl.load(times.first + both))
         return tl.load(at + held), tl.load(at + apart + held), tl.load(at + end), before
