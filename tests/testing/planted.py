@@ -208,8 +208,8 @@ FAULTS = (
     Fault(
         "a convolution that forgets",
         "blocks.convolution",
-        "        last = joined[:, x.shape[1] :]\n",
-        "        last = torch.zeros_like(joined[:, x.shape[1] :])\n",
+        "        last = joined[:, follows.shape[1] :]\n",
+        "        last = torch.zeros_like(joined[:, follows.shape[1] :])\n",
         laws=("steps",),
     ),
 )
