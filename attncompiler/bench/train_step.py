@@ -218,9 +218,12 @@ def curve_in_fp32(
     name: str, transformers: Any, setting: Setting, weights: dict[str, Tensor], input_ids: Tensor, labels: Tensor
 ) -> Tensor:
     """The losses of transformers' model in fp32 from the same weights: products in TF32 where the device has it, and
-    layers run again for their gradients, since of a billion parameters a device holds no more in fp32."""
+    layers run again for their gradients, since of a billion parameters a device holds no more in fp32. Key heads are
+    repeated: of grouped ones torch has no kernel in fp32 but one that writes all pairs."""
     model = peer_model(name, transformers, replace(setting, dtype=torch.float32))
     model.load_state_dict(weights)
+    transformers.AttentionInterface.register("repeated", repeated_attention)
+    model.set_attn_implementation("repeated")
     newer = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.24 warns of the other
     (newer or model.gradient_checkpointing_enable)()
     before = torch.get_float32_matmul_precision()
@@ -230,6 +233,15 @@ def curve_in_fp32(
         return losses_of(step, setting.curve)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def repeated_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Causal attention for transformers: query (B, H, T, D), key and value (B, K, T, D) → (B, T, H, D), no weights."""
+    key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value))
+    out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def apart(ours: Tensor, theirs: Tensor) -> str:

@@ -246,7 +246,7 @@ def _blocks(x: Tensor, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Ranges of tokens, each with its rows of x and up to W−1 rows before them; on a GPU one block is best."""
     B, T, E = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    size = max(32, BLOCK_ELEMENTS // max(1, B * E)) if x.device.type == "cpu" else T
+    size = max(32, BLOCK_ELEMENTS // max(1, B * E)) if x.device.type == "cpu" else max(1, T)
     for start in range(0, T, size):
         stop = min(start + size, T)
         yield start, stop, x[:, max(0, start - weight.shape[-1] + 1) : stop].to(wide)

@@ -388,15 +388,15 @@ def test_triton_runs_on_gpus_that_are_recent_enough(
     assert gpu._compiles.__wrapped__(torch.device(kind)) == runs
 
 
-def test_where_triton_cannot_compile_torch_computes_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_triton_cannot_compile_torch_computes_and_says_why(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def __getitem__(self, grid: object) -> object:
             raise RuntimeError("no C compiler")
 
     monkeypatch.setattr(gpu, "device_of", lambda _: Device(0, 1, (9, 0)))
-    assert probe.failure(torch.device("cpu")) is None
+    assert probe.failure(torch.device(device)) is None
     monkeypatch.setattr(probe, "one_kernel", Broken())
-    why = probe.failure(torch.device("cpu"))
+    why = probe.failure(torch.device(device))
     assert why == "RuntimeError: no C compiler"
     monkeypatch.setattr(probe, "failure", lambda _: why)
     with pytest.warns(RuntimeWarning, match="no C compiler"):

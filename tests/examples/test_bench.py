@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,6 +195,22 @@ def test_losses_of_16_bits_are_held_to_those_in_fp32() -> None:
     ours, peer = (float(each.split(" at step ")[0]) for each in row["ours, the peer from fp32"].split(", "))
     assert 0 < ours < 0.1
     assert 0 < peer < 0.1
+
+
+def test_the_curve_in_fp32_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    shape, *rest = train_step.MIXERS["llama"]
+    monkeypatch.setitem(train_step.MIXERS, "llama", (replace(shape, kv_heads=2), *rest))
+    setting = train_step.Setting(2, 64, curve=4)
+    model = train_step.peer_model("llama", transformers, setting)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens = torch.randint(shape.vocabulary, (2, 65), generator=torch.Generator().manual_seed(0))
+    input_ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    step = train_step.training_step(model, lambda: model(input_ids=input_ids, labels=labels, shift_labels=labels).loss)
+    expected = train_step.losses_of(step, setting.curve)
+    found = train_step.curve_in_fp32("llama", transformers, setting, weights, input_ids, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert found[-1] < found[0]
 
 
 def test_losses_of_other_models_are_not_compared() -> None:

@@ -25,7 +25,7 @@ from attncompiler.bench.grid.rows import Row
 from attncompiler.bench.measure import Samples, Work
 from attncompiler.errors import AttnCompilerError
 
-FEWEST, BUDGET, SLOW = 3, 0.25, 2.0
+FEWEST, BUDGET, SLOW = 3, 1.0, 2.0
 """turns that a cell has at least; seconds after which it needs no more; seconds of one that is not asked for more"""
 APART = 0.05
 """how far an output may be from ours, in the root mean square, to be of the same function: many times any rounding"""
