@@ -85,7 +85,8 @@ def _kernel_workspace(policy: MambaPolicy, size: MixerSize) -> int:
         chunks = -(-size.seq_len // CHUNK)
         many = max(1, min(MANY, blocks * chunks // RESIDENT))
         programs = min(RESIDENT, -(-blocks // many) * chunks)
-        # states before chunks, shares, states inside a chunk, and those around the groups of tokens, forward and back
+        # states before chunks (with tokens of bf16 they take half), shares, states inside a chunk, and those around
+        # the groups of tokens, forward and back
         shares = 2 * -(-blocks // (many * size.batch)) * size.tokens * policy.state_size * FP32
         return chunks * state + shares + programs * held * FP32 * (CHUNK // ROWS + 2 * many)
     chunk = min(size.seq_len, max(8, min(64, BUFFER_ELEMENTS // (width * policy.state_size))))

@@ -169,8 +169,8 @@ class Call:
         """Of one sequence: no block has channels of two groups."""
         return self.G * parts(self.E // self.G, layout.channels)
 
-    def wide(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.inputs["u"].device)
+    def wide(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.inputs["u"].device)
 
     def sweep(self, groups: Groups, count: int, dout: Tensor | None, **found: Tensor | None) -> None:
         """What the first `count` groups do to states, into the buffers of `found`."""
@@ -254,7 +254,9 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
     count = groups.count
 
     chunks = groups.tokens // groups.chunk
-    inner, upto = call.wide(B, count * (chunks - 1), E, N), call.wide(B, count * (chunks - 1), E)
+    # of bf16, whose range a state needs, where tokens have no more digits
+    kept = torch.bfloat16 if inputs["u"].dtype == torch.bfloat16 else torch.float32
+    inner, upto = call.wide(B, count * (chunks - 1), E, N, dtype=kept), call.wide(B, count * (chunks - 1), E)
     states = back = lengths = None
     if count > 1:
         states, back, lengths = call.wide(B, count, E, N), call.wide(B, count, E, N), call.wide(B, count, E)

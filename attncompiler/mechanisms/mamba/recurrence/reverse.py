@@ -57,14 +57,15 @@ class Grads(NamedTuple):
 
 
 class Around(NamedTuple):
-    """What a sweep and its carrying left, fp32; None where there is none."""
+    """What a sweep and its carrying left, fp32 but for `inner`; None where there is none."""
 
     initial: Any
     """(B, E, N), the state before the first token"""
     states: Any
     """(B, groups, E, N), the state behind each group"""
     inner: Any
-    """(B, groups · (chunks − 1), E, N), what a group's own tokens add before each chunk but the first"""
+    """(B, groups · (chunks − 1), E, N), what a group's own tokens add before each chunk but the first; bf16 with tokens
+    of bf16"""
     upto: Any
     """(B, groups · (chunks − 1), E), the sum of the time steps of a group's tokens before each of them"""
     final: Any

@@ -126,7 +126,7 @@ def states_of(
     found = tl.zeros([NO, NI, CT, LN, LC], tl.float32)
     for c in tl.static_range(CT):
         at, which = places(first + c * LC, end, N, NO, NI, LN, LC)
-        found = with_channel(found, tl.load(ptr + at, mask=which & there, other=0.0), c, CT)
+        found = with_channel(found, widened(tl.load(ptr + at, mask=which & there, other=0.0)), c, CT)
     return found
 
 
@@ -138,7 +138,7 @@ def keep_states(
     """Write what `states_of` reads."""
     for c in tl.static_range(CT):
         at, which = places(first + c * LC, end, N, NO, NI, LN, LC)
-        tl.store(ptr + at, channel(x, c, CT), mask=which)
+        tl.store(ptr + at, channel(x, c, CT).to(ptr.dtype.element_ty), mask=which)
 
 
 @triton.jit
