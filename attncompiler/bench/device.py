@@ -68,15 +68,16 @@ class Clock:
 
     def peak(self, work: Work) -> int | None:
         """Bytes that the work holds at most beside what was held before it; None on a CPU, which keeps no account."""
+        return self.once_held(work)[1]
+
+    def once_held(self, work: Work) -> tuple[float, int | None]:
+        """Seconds of one turn, and its peak: what takes long need not be done twice to know both."""
         if not self.cuda:
-            work()
-            return None
+            return self.once(work), None
         self.wait()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        work()
-        self.wait()
-        return torch.cuda.max_memory_allocated(self.device) - before
+        return self.once(work), torch.cuda.max_memory_allocated(self.device) - before
 
     def free(self) -> None:
         """Give back what nothing refers to any more."""

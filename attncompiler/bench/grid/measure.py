@@ -27,6 +27,8 @@ from attncompiler.errors import AttnCompilerError
 
 FEWEST, BUDGET, SLOW = 3, 1.0, 2.0
 """turns that a cell has at least; seconds after which it needs no more; seconds of one that is not asked for more"""
+LONG = 0.25
+"""seconds beside which those of the host are of no interest"""
 APART = 0.05
 """how far an output may be from ours, in the root mean square, to be of the same function: many times any rounding"""
 COMPARED = 2**26
@@ -117,7 +119,7 @@ class _Row:
 
     def _host(self, cell: Cell, way: Way, work: Work, seconds: float) -> Mapping[Way, float]:
         """With the host's time, unless the device takes so long that it is of no interest."""
-        taken = self.attempt(partial(self.clock.host, work)) if seconds < BUDGET else None
+        taken = self.attempt(partial(self.clock.host, work)) if seconds < LONG else None
         return cell.host if taken is None or isinstance(taken, Problem) else {**cell.host, way: taken}
 
     def _forward(self, call: Call, inputs: Inputs) -> tuple[float, int | None] | Problem:
@@ -127,16 +129,14 @@ class _Row:
         apart = _apart(out, self.first)
         if not apart < APART:
             return Problem("another function", f"its output is {apart:.2g} of ours away from it")
-        peak = self.clock.peak(call.forward)
-        return self.clock.once(call.forward), peak
+        return self.clock.once_held(call.forward)
 
     def _both(self, call: Call, forward: float) -> tuple[Work, float, int | None] | Problem:
         if forward > SLOW:
             return Problem("too slow", f"its forward took {forward:.1f} s")
         work = call.both()
         work()
-        peak = self.clock.peak(work)
-        return work, self.clock.once(work), peak
+        return work, *self.clock.once_held(work)
 
     def time(self, repeats: int) -> None:
         """Time what is warm, in turns, forward first.
