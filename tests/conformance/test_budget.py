@@ -170,6 +170,8 @@ def test_a_kernel_wrong_by_one_percent_is_over(
 def test_one_wrong_element_is_over(
     mechanism: Mechanism, kernel: Kernel, device: str, cases: Cases, for_cases: Callable[..., None]
 ) -> None:
+    wrong: list[bool] = []
+
     def check(case: Case, place: int) -> None:
         case = prepared(case, torch.float32, device)
         if refusals_of(kernel, case):
@@ -180,11 +182,16 @@ def test_one_wrong_element_is_over(
             truth(mechanism, case, torch.float32, grads),
         )
         name = case.operator.differentiable_outputs[0]
+        # a sum of few numbers is one draw of roundings, which alone may be over: `conforms` draws it again
+        already = over(judge(results, expected))
         flat = results[name].flatten()
         flat[place % len(flat)] += 0.01 * expected.scale
-        assert over(judge(results | {name: flat.view_as(results[name])}, expected)) == {name}
+        found = over(judge(results | {name: flat.view_as(results[name])}, expected))
+        assert found == {name} | already
+        wrong.append(name not in already)
 
     for_cases(check, cases.draw(), st.integers(0, 10**6))
+    assert sum(wrong) > len(wrong) / 2
 
 
 def off_by_one_window(case: Case) -> dict[str, Tensor]:
