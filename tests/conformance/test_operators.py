@@ -163,7 +163,8 @@ def test_saved_for_backward_is_at_most_three_times_inputs_and_outputs(
     kernel: Kernel, device: str, cases: Cases
 ) -> None:
     skip_reference(kernel)
-    case = stretched(next(accepted_when_long(kernel, cases, device)), LONG)
+    interpreted = device == "cpu" and kernel.needs.interpreted
+    case = stretched(next(accepted_when_long(kernel, cases, device)), LONG // 32 if interpreted else LONG)
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -182,8 +183,10 @@ def test_saved_for_backward_is_at_most_three_times_inputs_and_outputs(
 def test_memory_is_linear_in_the_length(kernel: Kernel, device: str, cases: Cases, length: int, count: int) -> None:
     """The peak of forward and of backward, at one length and at four times that."""
     skip_reference(kernel)
-    if device == "cpu" and kernel.needs.interpreted:
-        length = min(length, 1024)  # Triton's interpreter takes hours for more, and what is allocated is the same
+    if device == "cpu" and kernel.needs.interpreted:  # by minutes a case; what is allocated grows alike
+        if count > 1:
+            pytest.skip("Triton's interpreter has one case, and fewer tokens")
+        length = 256
     for case in islice(accepted_when_long(kernel, cases, device), count):
         for short, long in zip(*peaks(kernel, case, length, device), strict=True):
             assert long <= 4 * GROWTH * short, case
