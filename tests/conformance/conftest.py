@@ -108,6 +108,12 @@ def for_cases(request: pytest.FixtureRequest) -> Callable[..., None]:
     return run
 
 
+@pytest.fixture
+def interpreted(kernel: Kernel, device: str) -> bool:
+    """Whether Triton's interpreter runs the kernel."""
+    return _interpreted(kernel, device)
+
+
 def _interpreted(kernel: Kernel, device: str) -> bool:
     return device.partition(":")[0] not in kernel.needs.device_types
 

@@ -390,7 +390,12 @@ def test_an_estimate_that_is_lucky_once_excuses_no_fault(dtype: torch.dtype, mon
 
 
 def test_faults_are_over_in_many_draws(
-    mechanism: Mechanism, kernel: Kernel, device: str, cases: Cases, for_cases: Callable[..., None]
+    mechanism: Mechanism,
+    kernel: Kernel,
+    device: str,
+    cases: Cases,
+    for_cases: Callable[..., None],
+    interpreted: bool,
 ) -> None:
     """All results wrong by one percent, in every draw; and one element of the case itself, right near to it."""
 
@@ -418,7 +423,6 @@ def test_faults_are_over_in_many_draws(
         assert over(trial.verdicts(off_at_one_place)) == {name}
 
     # fifty calls a case, each of which Triton's interpreter may take ten seconds for
-    interpreted = device == "cpu" and kernel.needs.interpreted
     for_cases(check, cases.draw(), st.integers(0, 10**6), share=0.05 if interpreted else 0.5)
 
 

@@ -160,10 +160,9 @@ def skip_reference(kernel: Kernel) -> None:
 
 
 def test_saved_for_backward_is_at_most_three_times_inputs_and_outputs(
-    kernel: Kernel, device: str, cases: Cases
+    kernel: Kernel, device: str, cases: Cases, interpreted: bool
 ) -> None:
     skip_reference(kernel)
-    interpreted = device == "cpu" and kernel.needs.interpreted
     case = stretched(next(accepted_when_long(kernel, cases, device)), LONG // 32 if interpreted else LONG)
     saved: dict[int, int] = {}
 
@@ -180,10 +179,12 @@ def test_saved_for_backward_is_at_most_three_times_inputs_and_outputs(
 
 
 @pytest.mark.parametrize(("length", "count"), [(1024, 1), pytest.param(LONG // 4, 3, marks=pytest.mark.slow)])
-def test_memory_is_linear_in_the_length(kernel: Kernel, device: str, cases: Cases, length: int, count: int) -> None:
+def test_memory_is_linear_in_the_length(
+    kernel: Kernel, device: str, cases: Cases, interpreted: bool, length: int, count: int
+) -> None:
     """The peak of forward and of backward, at one length and at four times that."""
     skip_reference(kernel)
-    if device == "cpu" and kernel.needs.interpreted:  # by minutes a case; what is allocated grows alike
+    if interpreted:  # by minutes a case; what is allocated grows alike
         if count > 1:
             pytest.skip("Triton's interpreter has one case, and fewer tokens")
         length = 256
