@@ -25,6 +25,7 @@ from attncompiler.testing.conformance import (
     Trial,
     conforms,
     cotangents,
+    dtypes_of,
     evaluate,
     kernel_call,
     near,
@@ -146,6 +147,7 @@ def test_a_kernel_wrong_by_one_percent_is_over(
     mechanism: Mechanism, kernel: Kernel, device: str, cases: Cases, for_cases: Callable[..., None]
 ) -> None:
     """Every output and gradient by itself somewhere, and all of them together everywhere."""
+    of_float32(kernel, device)
     caught: set[str] = set()
     seen: set[str] = set()
 
@@ -164,12 +166,14 @@ def test_a_kernel_wrong_by_one_percent_is_over(
         seen.update(name for name, tensor in expected.exact.items() if tensor.isfinite().any() and tensor.any())
 
     for_cases(check, cases.draw(), share=4)
+    assert seen
     assert seen <= caught
 
 
 def test_one_wrong_element_is_over(
     mechanism: Mechanism, kernel: Kernel, device: str, cases: Cases, for_cases: Callable[..., None]
 ) -> None:
+    of_float32(kernel, device)
     wrong: list[bool] = []
 
     def check(case: Case, place: int) -> None:
@@ -192,6 +196,12 @@ def test_one_wrong_element_is_over(
 
     for_cases(check, cases.draw(), st.integers(0, 10**6))
     assert sum(wrong) > len(wrong) / 2
+
+
+def of_float32(kernel: Kernel, device: str) -> None:
+    """Skip for a kernel that takes 16 bits alone, whose own roundings are as large as these faults."""
+    if "float32" not in dtypes_of(kernel, device):
+        pytest.skip(f"{kernel.name} takes no float32")
 
 
 def off_by_one_window(case: Case) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,7 +96,9 @@ MOST_BESIDE_TENSOR_MEMORY = 100
 def gathering_blocks(device: Device, dtype: torch.dtype, width: int) -> Blocks:
     """The shape for keys of a program's own, of which keys and values together are `width` wide, as are the sums."""
     if device.capability[0] != 10 or dtype == torch.float32:
-        return blocks_for(device, dtype, width, width, width)
+        blocks = blocks_for(device, dtype, width, width, width)
+        # copies of a third turn take registers that sums need, where operands lie in registers
+        return blocks if device.capability[0] == 9 else replace(blocks, num_stages=min(blocks.num_stages, 2))
     large, small = TENSOR_MEMORY
     return large if large.registers(width) <= MOST_BESIDE_TENSOR_MEMORY else small
 
