@@ -47,7 +47,7 @@ def test_where_a_sequence_is_cut_does_not_matter(device: str, T: int, reverse: b
     decay = -torch.rand(1, T, 2, generator=generator).to(device)
     count = -(-T // (tokens * each))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "tiles_for", lambda *_: Tiles(tokens, 16, 4, 1))
+        patch.setattr(launch, "tiles_for", lambda *_, **__: Tiles(tokens, 16, 4, 1))
         patch.setattr(launch, "groups_for", lambda *_: Groups(count, each, tokens))
         found = run(Side(x), Side(y), Side(u), Order(decay), H=2, reverse=reverse)
     torch.testing.assert_close(found.out.double(), reference(x, y, u, decay, reverse), atol=2e-5, rtol=2e-5)
@@ -69,7 +69,7 @@ def test_marks_count_by_the_maximum_so_far(device: str, T: int, each: int, begun
     first = before.clamp(min=lowest).to(device) if begun else None
     state = torch.randn(1, 2, 16, 16, generator=generator).to(device) if begun and not reverse else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "tiles_for", lambda *_: Tiles(16, 16, 4, 1))
+        patch.setattr(launch, "tiles_for", lambda *_, **__: Tiles(16, 16, 4, 1))
         patch.setattr(launch, "groups_for", lambda *_: Groups(-(-T // (16 * each)), each, 16))
         order = Order(marks=marks, first=first)
         initial = None if state is None else state.flatten(2).contiguous()

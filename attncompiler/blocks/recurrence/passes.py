@@ -213,9 +213,9 @@ def pass_kernel(
     lowest, stop = tl.maximum(step * chunks, empty), tl.minimum((step + 1) * chunks, behind)
     coming = chunk_met(lowest, stop, behind, T, C, REVERSE) * C
     nothing = tl.full([], 0.0, tl.float32)
-    near, rest, near_all, rest_all, factor = nothing, nothing, nothing, nothing, nothing
+    sums = nothing, nothing, nothing, nothing
     if TIMED:
-        near, rest, near_all, rest_all = sums_of(times, both, coming, T, apart, C, WHOLE)
+        sums = sums_of(times, both, coming, T, apart, C, WHOLE)
     if scales is not None:
         factor = per_token(scales, both, coming, T, is_real(times, b, coming + o, T), C, WHOLE)
     for i in range(lowest, stop):
@@ -223,7 +223,7 @@ def pass_kernel(
         t = start + o
         real = is_real(times, b, t, T)
         weights, seen, enters, leaves, through = weights_by(
-            times, near, rest, near_all, rest_all, b, start, T, C, REVERSE, STRICT
+            times, sums[0], sums[1], sums[2], sums[3], b, start, T, C, REVERSE, STRICT
         )
         if scales is not None:
             weights *= factor[None, :]
@@ -313,12 +313,13 @@ def pass_kernel(
         if PASSED:
             state = weighted(state, through, RUNS)
             kept *= through
-        state = tl.dot(tl.trans(column), summed, state, input_precision=PRECISION)
+        # what the next chunk has once is on its way while this one is met: nothing else of it would be
         coming = chunk_met(i + 1, stop, behind, T, C, REVERSE) * C
         if TIMED:
-            near, rest, near_all, rest_all = sums_of(times, both, coming, T, apart, C, WHOLE)
+            sums = sums_of(times, both, coming, T, apart, C, WHOLE)
         if scales is not None:
             factor = per_token(scales, both, coming, T, is_real(times, b, coming + o, T), C, WHOLE)
+        state = tl.dot(tl.trans(column), summed, state, input_precision=PRECISION)
 
     if not ROWS:
         write_state(states, both * groups + step, first, state, more, K, W, M, BLOCK_K, BLOCK_W, EXTRA)

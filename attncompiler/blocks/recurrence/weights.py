@@ -82,10 +82,7 @@ def place_of(both, start, T, C: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def chunk_met(i, stop, behind, T, C: tl.constexpr, REVERSE: tl.constexpr):
-    """The number of the chunk that is met as the i-th of all, or the last before `stop`; some chunk there is, always.
-
-    What chunks have once for a token is loaded while the one before is met: nothing else of it would be on its way.
-    """
+    """The number of the chunk met as the i-th of all, or of the last before `stop`; some chunk there is, always."""
     i = tl.minimum(i, stop - 1)
     chunk = behind - 1 - i if REVERSE else i
     return tl.maximum(tl.minimum(chunk, tl.cdiv(T, C) - 1), 0)

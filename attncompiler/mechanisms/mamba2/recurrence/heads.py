@@ -97,14 +97,15 @@ def rows_kernel(
     before = tl.where(o[:, None] < o[None, :], 1.0, 0.0).to(DTYPE)
     z = tl.zeros([C, C], tl.float32)
     found = tl.zeros([C, BLOCK_N], tl.float32)
-    # of the next head, while this one is met: of what waits for memory here, nothing else would be on its way
-    near, rest, near_all, rest_all = sums_of(times, b * H + begin, start, T, apart, C, WHOLE)
+    sums = sums_of(times, b * H + begin, start, T, apart, C, WHOLE)
     step = per_token(factor, b * H + begin, start, T, real, C, WHOLE)
     for h in range(begin, begin + heads):
         both = b * H + h
         products = tl.zeros([C, C], tl.float32)
         starts = tl.zeros([C], tl.float32)
-        weights, seen, enters, _, _ = weights_by(times, near, rest, near_all, rest_all, b, start, T, C, False, False)
+        weights, seen, enters, _, _ = weights_by(
+            times, sums[0], sums[1], sums[2], sums[3], b, start, T, C, False, False
+        )
         for block in tl.static_range(BLOCKS):
             grad = tile(dy, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
             given = tile(x, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
@@ -123,8 +124,9 @@ def rows_kernel(
         between = tl.sum(tl.where(o[:, None] >= o[None, :], upto, 0.0), 0)
         tl.store(dots.between + at, between, mask=t < T)
         tl.store(dots.starts + at, weighted(starts, enters, RUNS), mask=t < T)
+        # of the next head, while this one is met: of what waits for memory here, nothing else would be on its way
         after = b * H + tl.minimum(h + 1, begin + heads - 1)
-        near, rest, near_all, rest_all = sums_of(times, after, start, T, apart, C, WHOLE)
+        sums = sums_of(times, after, start, T, apart, C, WHOLE)
         step = per_token(factor, after, start, T, real, C, WHOLE)
     z = z.to(DTYPE)
     found = tl.dot(z, columns, found, input_precision=PRECISION)
@@ -160,12 +162,11 @@ def columns_kernel(
     B = tl.num_programs(0) // (count * G * sets)
     inner = db + (((chosen * B + b).to(tl.int64) * T + t) * G + g)[:, None] * N + n[None, :]
     found = tl.load(inner, mask=(t < T)[:, None] & (n < N)[None, :], other=0.0)
-    # of the next head, while this one is met: of what waits for memory here, nothing else would be on its way
-    near, rest, near_all, rest_all = sums_of(times, b * H + begin, start, T, apart, C, WHOLE)
+    sums = sums_of(times, b * H + begin, start, T, apart, C, WHOLE)
     step = per_token(factor, b * H + begin, start, T, real, C, WHOLE)
     for h in range(begin, begin + heads):
         both = b * H + h
-        weights, seen, leaves, _, _ = weights_by(times, near, rest, near_all, rest_all, b, start, T, C, True, False)
+        weights, seen, leaves, _, _ = weights_by(times, sums[0], sums[1], sums[2], sums[3], b, start, T, C, True, False)
         met = tl.where(seen, pairs * weights.to(DTYPE), 0.0).to(DTYPE)
         ends = tl.zeros([C], tl.float32)
         gave = tl.zeros([C], tl.float32)
@@ -194,12 +195,14 @@ def columns_kernel(
             tl.store(to, gained.to(dx.dtype.element_ty), mask=(t < T)[:, None] & (p < P)[None, :])
             leaving = weighted(wide, (leaves * step)[:, None], RUNS).to(DTYPE)
             found = tl.dot(leaving, tl.trans(state), found, input_precision=PRECISION)
+        # of the next head, while this one is met: of what waits for memory here, nothing else would be on its way
+        after = b * H + tl.minimum(h + 1, begin + heads - 1)
+        sums = sums_of(times, after, start, T, apart, C, WHOLE)
+        step_after = per_token(factor, after, start, T, real, C, WHOLE)
         at = both.to(tl.int64) * T + t
         tl.store(dots.ends + at, ends * step, mask=t < T)
         tl.store(dots.given + at, gave, mask=t < T)
         if dots.skipped is not None:
             tl.store(dots.skipped + at, skipped, mask=t < T)
-        after = b * H + tl.minimum(h + 1, begin + heads - 1)
-        near, rest, near_all, rest_all = sums_of(times, after, start, T, apart, C, WHOLE)
-        step = per_token(factor, after, start, T, real, C, WHOLE)
+        step = step_after
     store_shared(out, chosen, b, g, t, found, T, G, B, N, BLOCK_N)

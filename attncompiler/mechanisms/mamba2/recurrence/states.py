@@ -47,36 +47,52 @@ def states_kernel(
     kept = 1.0
     empty = behind - tl.cdiv(T, C) if REVERSE else 0
     lowest, stop = tl.maximum(step * chunks, empty), tl.minimum((step + 1) * chunks, behind)
-    start = chunk_met(lowest, stop, behind, T, C, REVERSE) * C
-    near, rest, near_all, rest_all = sums_of(times, both, start, T, apart, C, WHOLE)
+    chunk = chunk_met(lowest, stop, behind, T, C, REVERSE)
+    t = chunk * C + tl.arange(0, C)
+    sums = sums_of(times, both, chunk * C, T, apart, C, WHOLE)
+    if factor is not None:
+        step_of = per_token(factor, both, chunk * C, T, is_real(times, b, t, T), C, WHOLE)
+    if HELD:
+        at = held + ((b.to(tl.int64) * count + chunk - first) * H + h) * (K * W) + place_in
+        if REVERSE:
+            other = tl.load(at, mask=inside, other=0.0)
     for i in range(lowest, stop):
-        chunk = behind - 1 - i if REVERSE else i
-        if HELD:
-            numbered = (b.to(tl.int64) * count + chunk - first) * H + h
-            at = held + numbered * (K * W) + place_in
-            if REVERSE:
-                other = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        t = chunk * C + tl.arange(0, C)
         real = is_real(times, b, t, T)
-        _, _, _, leaves, through = weights_by(times, near, rest, near_all, rest_all, b, chunk * C, T, C, REVERSE, False)
+        _, _, _, leaves, through = weights_by(
+            times, sums[0], sums[1], sums[2], sums[3], b, chunk * C, T, C, REVERSE, False
+        )
         if factor is not None:
-            leaves *= per_token(factor, both, chunk * C, T, real, C, WHOLE)
+            leaves *= step_of
+        # what the next chunk has once is on its way while this one is met: nothing else of it would be
+        chunk_ahead = chunk_met(i + 1, stop, behind, T, C, REVERSE)
+        t_ahead = chunk_ahead * C + tl.arange(0, C)
+        sums = sums_of(times, both, chunk_ahead * C, T, apart, C, WHOLE)
+        if factor is not None:
+            step_of = per_token(factor, both, chunk_ahead * C, T, is_real(times, b, t_ahead, T), C, WHOLE)
+        if HELD:
+            at_ahead = held + ((b.to(tl.int64) * count + chunk_ahead - first) * H + h) * (K * W) + place_in
+            if REVERSE:
+                other_ahead = tl.load(at_ahead, mask=inside, other=0.0)
+
         column = tile(y, b, h, t, low, real, K, BLOCK_K, WHOLE).to(DTYPE)
         summed = tile(u, b, h, t, left, real, W, BLOCK_W, WHOLE)
         summed = weighted(summed.to(tl.float32), leaves[:, None], RUNS).to(DTYPE)
         if HELD:
             if REVERSE:
-                passed = weighted(tl.sum(tl.sum(other * state, 1), 0), through, RUNS)
+                # all threads have read `other` before any of them has this sum, and writes
+                passed = weighted(tl.sum(tl.sum(other.to(tl.float32) * state, 1), 0), through, RUNS)
                 heads = tl.num_programs(0) // (some * BLOCKS)  # B · H
                 row = (block * heads + both).to(tl.int64)
                 tl.store(passing + row * tl.cdiv(T, C) + chunk, passed)
-                tl.debug_barrier()  # threads may not write what others are still to read
             tl.store(at, state.to(held.dtype.element_ty), mask=inside)
         state = weighted(state, through, RUNS)
         kept *= through
         state = tl.dot(tl.trans(column), summed, state, input_precision=PRECISION)
-        start = chunk_met(i + 1, stop, behind, T, C, REVERSE) * C
-        near, rest, near_all, rest_all = sums_of(times, both, start, T, apart, C, WHOLE)
+        chunk, t = chunk_ahead, t_ahead
+        if HELD:
+            at = at_ahead
+            if REVERSE:
+                other = other_ahead
 
     if not HELD:
         tl.store(states + (both * groups + step).to(tl.int64) * (K * W) + place_in, state, mask=inside)
