@@ -156,13 +156,13 @@ MOST_REGISTERS, MOST_BESIDE_WARPGROUPS = 55, 176
 def tiles_for(device: Device, dtype: torch.dtype, K: int, W: int, *, marked: bool = False) -> Tiles:
     """The best shape that a device has room for.
 
-    Where keys are `marked`, fp32's is narrow, as ptxas 12.8 leaves a wide one 32 registers of 255; so is fp16's beside
-    many numbers, which spill from any other.
+    Where keys are `marked`, fp32's is narrow, as ptxas 12.8 leaves a wide one 32 registers of 255; fp16's beside many
+    numbers has eight warps to a narrow one, as these spill from any other.
     """
     wide, widest = max(16, power_of_2(K)), max(16, power_of_2(W))
     if device.interpreted:
         return replace(INTERPRETED, width=min(INTERPRETED.width, widest))
-    if dtype == torch.float32 or (marked and dtype == torch.float16 and wide > 128):
+    if dtype == torch.float32 or (dtype == torch.float16 and wide > 128):
         found = VECTOR_UNITS[marked or wide > 64]
         return replace(found, width=min(found.width, widest))
     hopper = device.capability[0] == 9
