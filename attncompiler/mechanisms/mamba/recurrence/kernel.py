@@ -268,7 +268,7 @@ def backward(grads: Tensors, inputs: Tensors, outputs: Tensors, options: MambaOp
 
     like: Mapping[str, Any] = {"memory_format": torch.contiguous_format}
     found = {name: torch.empty_like(inputs[name], **like) for name in ("u", "dt", "z") if name in inputs}
-    shares = {name: call.wide(slots, B, T, G, N) for name in ("b", "c")}
+    shares = {name: call.wide(slots, B, T, G, N).zero_() for name in ("b", "c")}
     sums = {"a": call.wide(B, count, E, N) if back is None else back}
     sums |= {name: call.wide(B, count, E) for name in ("d", "dt_bias") if name in inputs}
     if call.initial is not None:

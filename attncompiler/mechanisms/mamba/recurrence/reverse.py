@@ -22,14 +22,12 @@ from attncompiler.mechanisms.mamba.recurrence.tokens import (
     keep_states,
     loaded_rows,
     of_channels,
-    of_rows,
     of_shared,
     over_channels,
     over_states,
     run_of,
     spread,
     states_of,
-    stepped,
     steps_of,
     which_real,
     with_channel,
@@ -44,7 +42,7 @@ class Grads(NamedTuple):
     dt: Any
     z: Any
     b: Any
-    """(slots, B, T, G, N) fp32, as is c: of each program's own channels"""
+    """(slots, B, T, G, N) fp32, as is c: of each program's own channels, added to what is there"""
     c: Any
     a: Any
     """(B, groups, E, N) fp32: of each group's tokens, at the group behind. It may be what `back` of Around is, which no
@@ -183,17 +181,29 @@ def backward_kernel(
                 put_own(own + piece * HELD, state, NO, NI, CT, LN, LC)
             tl.debug_barrier()
 
+            t1 = begin + (pieces - 1) * ROWS
+            coming = which_real(scan, b, t1, T, ROWS)
+            u_coming = loaded_rows(u_rows, b, t1, e, inside, coming, ROWS)
+            dt_coming = loaded_rows(dt_rows, b, t1, e, inside, coming, ROWS)
+            dy_coming = loaded_rows(dout, b, t1, e, inside, coming, ROWS)
+            if z_rows.ptr is not None:
+                z_coming = loaded_rows(z_rows, b, t1, e, inside, coming, ROWS)
             for j in range(pieces):
                 piece = pieces - 1 - j
                 t0 = begin + piece * ROWS
                 real = which_real(scan, b, t0, T, ROWS)
-                u = of_rows(u_rows, b, t0, e, inside, real, ROWS)
-                delta, slope = stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS, ROWS)
+                u, d_out = all_widened(u_coming, ROWS), all_widened(dy_coming, ROWS)
+                delta, slope = steps_of(dt_coming, scan, bias, inside, real, SOFTPLUS, ROWS)
                 write = of_shared(b_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
                 read = of_shared(c_rows, b, t0, group, real, ROWS, N, NO, NI, LN, LC)
-                d_out = of_rows(dout, b, t0, e, inside, real, ROWS)
+                t1 = begin + tl.maximum(piece - 1, 0) * ROWS
+                coming = which_real(scan, b, t1, T, ROWS)
+                u_coming = loaded_rows(u_rows, b, t1, e, inside, coming, ROWS)
+                dt_coming = loaded_rows(dt_rows, b, t1, e, inside, coming, ROWS)
+                dy_coming = loaded_rows(dout, b, t1, e, inside, coming, ROWS)
                 if z_rows.ptr is not None:
-                    z = of_rows(z_rows, b, t0, e, inside, real, ROWS)
+                    z = all_widened(z_coming, ROWS)
+                    z_coming = loaded_rows(z_rows, b, t1, e, inside, coming, ROWS)
                 state = get_own(own + piece * HELD, NO, NI, CT, LN, LC)
                 states = empty()
                 states += (state,)  # before the first of the tokens, and behind each
@@ -213,11 +223,13 @@ def backward_kernel(
                     onward += spread(dy) * read[r]
                     dc = over_channels(spread(dy) * states[r + 1])
                     db = over_channels(spread(delta[r] * u[r]) * onward)
-                    # what blocks before this one have of B's and C's gradients, long before it is met
+                    if scan.real is not None:
+                        db, dc = tl.where(real[r], db, 0.0), tl.where(real[r], dc, 0.0)
+                    # to what blocks before this one have there, all by this thread: in order, and nothing is waited for
                     at_share = at_shares + r * (G * N)
                     shared = (shares < N) & (lane == 0) & (t0 + r < T)
-                    before_b = tl.load(grads.b + at_share, mask=shared & (block > slot * many), other=0.0)
-                    before_c = tl.load(grads.c + at_share, mask=shared & (block > slot * many), other=0.0)
+                    tl.atomic_add(grads.b + at_share, db[:, :, :, None] + lane * 0.0, mask=shared, sem="relaxed")
+                    tl.atomic_add(grads.c + at_share, dc[:, :, :, None] + lane * 0.0, mask=shared, sem="relaxed")
                     d_written = over_states(onward * write[r], CT, LN)
                     # made again: to keep all tokens' decays there are no registers
                     onward *= tl.exp2(spread(delta[r]) * a + nothing)
@@ -246,12 +258,6 @@ def backward_kernel(
                             y += skip * u[r]
                         d_z = tl.where(there, d_out[r] * y * (gate * (1 + z[r] * (1 - gate))), 0.0)
                         tl.store(grads.z + at_out, d_z.to(grads.z.dtype.element_ty), mask=mask)
-                    db = db[:, :, :, None] + before_b
-                    dc = dc[:, :, :, None] + before_c
-                    if scan.real is not None:
-                        db, dc = tl.where(real[r], db, 0.0), tl.where(real[r], dc, 0.0)
-                    tl.store(grads.b + at_share, db, mask=shared)
-                    tl.store(grads.c + at_share, dc, mask=shared)
             tl.debug_barrier()
 
         of_group = b * groups + step

@@ -170,12 +170,6 @@ def loaded_rows(rows, b, t0, e, inside, real, ROWS: tl.constexpr):
 
 
 @triton.jit
-def of_rows(rows, b, t0, e, inside, real, ROWS: tl.constexpr):
-    """The same in fp32."""
-    return all_widened(loaded_rows(rows, b, t0, e, inside, real, ROWS), ROWS)
-
-
-@triton.jit
 def loaded_shared(
     shared, b, t0, group, real, ROWS: tl.constexpr, N: tl.constexpr,
     NO: tl.constexpr, NI: tl.constexpr, LN: tl.constexpr, LC: tl.constexpr,
@@ -223,14 +217,9 @@ def over_channels(x):
 
 
 @triton.jit
-def stepped(dt_rows, scan, bias, b, t0, e, inside, real, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr):
-    """Of tokens the time steps Δ, and the derivatives of Δ by dt, [CT, LC], all 0 where nothing is."""
-    return steps_of(loaded_rows(dt_rows, b, t0, e, inside, real, ROWS), scan, bias, inside, real, SOFTPLUS, ROWS)
-
-
-@triton.jit
 def steps_of(loaded, scan, bias, inside, real, SOFTPLUS: tl.constexpr, ROWS: tl.constexpr):
-    """The same of dt as it was loaded."""
+    """Of tokens the time steps Δ, and the derivatives of Δ by dt, [CT, LC], all 0 where nothing is, from dt as it was
+    loaded."""
     steps = empty()
     slopes = empty()
     for r in tl.static_range(ROWS):
