@@ -8,6 +8,7 @@ Run in a process of its own: under Triton's interpreter nothing is compiled.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -70,14 +71,17 @@ def compiling(found: list[Any]) -> Iterator[None]:
         JITFunction.run = run
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack of a thread, read from the binary; a stack holds what registers do not."""
+@functools.cache  # one kernel serves several rows
+def read_from(cubin: bytes) -> dict[str, Any]:
+    """Registers and bytes of stack of a thread, and what reads registers that nothing has set; a stack holds what
+    registers do not."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = [str(triton.knobs.nvidia.cuobjdump.path), "--dump-resource-usage", file.name]
         text = subprocess.run(tool, check=True, capture_output=True, text=True).stdout
-    return {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {**found, "unset": unset_reads(cubin)}
 
 
 def calls(capability: int) -> Iterator[tuple[dict[str, torch.Tensor], AttentionOptions]]:
@@ -138,7 +142,8 @@ def recurrent_rows(mechanism: str, few: bool) -> Iterator[dict[str, Any]]:
     for makes, dtype in itertools.product(calls, dtypes):
         for width in (first,) if few else (first, 128, 256):
             rows = ((2048, True), (16, True), (1, True))
-            for tokens, more in rows if few else (*rows, (2048, False), (1, False)):
+            plain = () if few or dtype != torch.bfloat16 else ((2048, False), (1, False))  # which need less of all
+            for tokens, more in (*rows, *plain):
                 tensors, options, states = makes(dtype, width, tokens, more)
                 if more:
                     tensors["segment_ids"] = torch.zeros(1, tokens, dtype=torch.int64)
@@ -239,8 +244,7 @@ def row_of(name: str, made: Any, dtype: torch.dtype, width: int) -> dict[str, An
         "shared": made.metadata.shared,
         "tf32": ".tf32" in made.asm["ptx"],
         "wgmma": "wgmma" in made.asm["ptx"],
-        "unset": unset_reads(made.asm["cubin"]),
-        **resources(made.asm["cubin"]),
+        **read_from(made.asm["cubin"]),
     }
 
 

@@ -104,9 +104,9 @@ class Tiles:
         met = self.tokens * (2 * K + self.width)
         return itemsize * (self.num_stages * met + K * self.width + self.tokens**2)
 
-    def registers(self, K: int, itemsize: int) -> int:
-        """Of a thread, for the sums of state, rows and pairs, and for one of x and y."""
-        sums = K * self.width + self.tokens * (self.width + self.tokens)
+    def registers(self, K: int, itemsize: int, pairs: int) -> int:
+        """Of a thread, for the sums of state and rows, so many numbers of a pair, and one of x and y."""
+        sums = K * self.width + self.tokens * (self.width + pairs * self.tokens)
         return (sums + self.tokens * K * itemsize // 4) // (32 * self.num_warps)
 
 
@@ -138,7 +138,10 @@ class Found:
 
 LEAST_TOKENS = 16
 """of a chunk: a product of matrices has at least so many rows"""
-WARPGROUPS = (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))
+WARPGROUPS = (
+    *(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2)),
+    *(Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1)),
+)
 """for bf16 on Hopper, whose products read shared memory, best first: two programs of four warps at a time were faster
 on an H100 than one of eight, by half"""
 WARPS = (Tiles(32, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 4, 1))
@@ -153,8 +156,8 @@ MOST_REGISTERS, MOST_BESIDE_WARPGROUPS = 55, 176
 """of a thread, for sums and operands: where operands come from registers, and where warpgroups read shared memory"""
 
 
-def tiles_for(device: Device, dtype: torch.dtype, K: int, W: int, *, marked: bool = False) -> Tiles:
-    """The best shape that a device has room for.
+def tiles_for(device: Device, dtype: torch.dtype, K: int, W: int, *, marked: bool = False, pairs: int = 1) -> Tiles:
+    """The best shape that a device has room for, where a pair of tokens has so many numbers.
 
     Where keys are `marked`, fp32's is narrow, as ptxas 12.8 leaves a wide one 32 registers of 255; fp16's beside many
     numbers has eight warps to a narrow one, as these spill from any other.
@@ -171,7 +174,7 @@ def tiles_for(device: Device, dtype: torch.dtype, K: int, W: int, *, marked: boo
         tiles = replace(shape, width=min(shape.width, widest))
         most = MOST_BESIDE_WARPGROUPS if hopper and tiles.tokens >= 64 else MOST_REGISTERS
         fits = tiles.shared_memory(wide, itemsize) <= device.shared_memory
-        if fits and tiles.registers(wide, itemsize) <= most:
+        if fits and tiles.registers(wide, itemsize, pairs) <= most:
             break
     return tiles
 
@@ -267,7 +270,10 @@ def run(
     dtype = dtype or u.tensor.dtype
     M = K * W + {"none": 0, "total": K, "added": W}[extra]
     facts = device_of(device)
-    tiles = tiles_for(facts, dtype, K, W, marked=order.marks is not None)
+    # the weight of a pair, and beside exponentials whether both are of one document and no padding
+    masked = order.decay is not None and not (order.runs is None and order.real is None)
+    masked = masked and (levels is not None or slope == "exp")
+    tiles = tiles_for(facts, dtype, K, W, marked=order.marks is not None, pairs=1 + masked)
     if dots:
         passing = passing_tokens(facts, dtype, K)
         most_tokens = min(most_tokens or passing, passing)

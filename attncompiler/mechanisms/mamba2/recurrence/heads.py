@@ -181,8 +181,10 @@ def columns_kernel(
             grad = tile(dy, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
             given = tile(x, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
             state = state_of(held, b, i, h, block * BLOCK_P, H, count, N, P, BLOCK_N, BLOCK_P)
-            gained = weighted(tl.dot(columns, state, input_precision=PRECISION), leaves[:, None], RUNS)
             wide = given.to(tl.float32)
+            leaving = weighted(wide, (leaves * step)[:, None], RUNS).to(DTYPE)
+            found = tl.dot(leaving, tl.trans(state), found, input_precision=PRECISION)
+            gained = weighted(tl.dot(columns, state, input_precision=PRECISION), leaves[:, None], RUNS)
             ends += tl.sum(wide * gained, 1)
             gained = tl.dot(met, grad, gained, input_precision=PRECISION)
             gave += tl.sum(wide * gained, 1)
@@ -193,8 +195,6 @@ def columns_kernel(
                 skipped += tl.sum(wide * grad.to(tl.float32), 1)
             to = dx + ((b.to(tl.int64) * T + t) * H + h)[:, None] * P + p[None, :]
             tl.store(to, gained.to(dx.dtype.element_ty), mask=(t < T)[:, None] & (p < P)[None, :])
-            leaving = weighted(wide, (leaves * step)[:, None], RUNS).to(DTYPE)
-            found = tl.dot(leaving, tl.trans(state), found, input_precision=PRECISION)
         # of the next head, while this one is met: of what waits for memory here, nothing else would be on its way
         after = b * H + tl.minimum(h + 1, begin + heads - 1)
         sums = sums_of(times, after, start, T, apart, C, WHOLE)

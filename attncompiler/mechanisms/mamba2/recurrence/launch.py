@@ -137,7 +137,8 @@ def gradients(
             *(T, H, B * H * T, count, groups.chunks, behind, offset, some, first, holds),
             *(held is not None, reverse, whole, C, N, P, rows, along.width, *common[1:]),
             num_warps=along.num_warps,
-            num_stages=along.num_stages,
+            # a turn asks at its end for what the next one has: of two stages that leaves one, waited for
+            num_stages=3 if along.num_stages == 2 else 1,
         )
 
     before = boundaries(1, 0, factor, start, False)

@@ -80,7 +80,7 @@ def states_kernel(
         if HELD:
             if REVERSE:
                 # all threads have read `other` before any of them has this sum, and writes
-                passed = weighted(tl.sum(tl.sum(other.to(tl.float32) * state, 1), 0), through, RUNS)
+                passed = weighted(tl.sum(other.to(tl.float32) * state), through, RUNS)
                 heads = tl.num_programs(0) // (some * BLOCKS)  # B · H
                 row = (block * heads + both).to(tl.int64)
                 tl.store(passing + row * tl.cdiv(T, C) + chunk, passed)
