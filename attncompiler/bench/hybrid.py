@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attncompiler.errors import UsageError, fail
 
@@ -182,7 +183,11 @@ def windowed(window: int, tokens: int, device: str) -> Attend:
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    """Causal attention: FlashAttention-2, torch's own, on a GPU."""
+    if q.device.type != "cuda":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # torch itself would take cuDNN's where it is
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 # --- the peer ---------------------------------------------------------------------------------------------------------
