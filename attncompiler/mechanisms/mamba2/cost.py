@@ -14,6 +14,10 @@ CHUNK = 64
 """tokens of a chunk of the chunkwise kernel at most"""
 BLOCK_ELEMENTS = 2**19
 """of a block's scores there: some megabytes"""
+HELD = 2**29
+"""bytes of states that the Triton kernel's backward holds at a time, about"""
+NARROW = 16
+"""tokens of its chunks of fp32 numbers; of 16 bits on Hopper as many as the chunkwise kernel's"""
 
 
 def operator_flops(shapes: Mapping[str, tuple[int, ...]], options: Any) -> tuple[int, int]:
@@ -71,6 +75,10 @@ def _workspace(policy: Mamba2Policy, size: MixerSize) -> int:
     if size.kernel == "eager":
         # every token's state, its decay, what is written to it, and the gradients on the way
         return gradients - let_go + 4 * n * E * N * wide
+    if size.kernel == "triton":
+        # states before chunks, B's and C's gradients in fp32, and of each head's tokens four sums and their decay
+        held = n * E * N // min(CHUNK if size.itemsize < FP32 else NARROW, T) * size.itemsize
+        return gradients - let_go + min(held, HELD) + (2 * n * G * N + 5 * n * H) * FP32
     chunk = min(policy.chunk_size, CHUNK, T)
     states = n * E * N // chunk
     # a block of chunks: nine tensors as wide as x, four of states, three of scores, six as wide as B

@@ -23,13 +23,12 @@ from attncompiler.blocks.recurrence.launch import (
     tiles_for,
 )
 from attncompiler.blocks.recurrence.passes import Skip
+from attncompiler.mechanisms.mamba2.cost import HELD
 from attncompiler.mechanisms.mamba2.recurrence.heads import Dots, columns_kernel, rows_kernel
 from attncompiler.mechanisms.mamba2.recurrence.states import states_kernel
 
 STATES, ROWS, COLUMNS = Launcher(states_kernel), Launcher(rows_kernel), Launcher(columns_kernel)
 
-HELD = 2**29
-"""bytes of states that are held at a time, about"""
 PROGRAMS = 1
 """for each multiprocessor, before a program takes all heads of a group"""
 
