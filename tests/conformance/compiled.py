@@ -139,8 +139,10 @@ def recurrent_rows(mechanism: str, few: bool) -> Iterator[dict[str, Any]]:
         "mamba": ((mamba_call,), mamba, 16),
         "mamba2": ((mamba2_call,), mamba2, 64),
     }[mechanism]
+    # the wider, the fuller: of fp16 the widest alone, whose operands take fp32's room
+    widths = {torch.bfloat16: (first, 128, 256), torch.float32: (128, 256), torch.float16: (256,)}
     for makes, dtype in itertools.product(calls, dtypes):
-        for width in (first,) if few else (first, 128, 256):
+        for width in (first,) if few else widths[dtype]:
             rows = ((2048, True), (16, True), (1, True))
             plain = () if few or dtype != torch.bfloat16 else ((2048, False), (1, False))  # which need less of all
             for tokens, more in (*rows, *plain):

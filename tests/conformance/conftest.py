@@ -99,7 +99,7 @@ def for_cases(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     def run(check: Callable[..., None], *strategies: st.SearchStrategy[Any], share: float = 1.0) -> None:
         few = request.param < 10  # the fast lane draws the same cases each time
-        drawn = min(share, 0.5 if few else 0.2) if slow else share
+        drawn = min(share, 0.5 if few else 0.1) if slow else share
         count = max(2, round(request.param * drawn))
         phases = (Phase.generate, Phase.shrink)
         same = settings(max_examples=count, deadline=None, database=None, phases=phases, derandomize=few)
