@@ -270,9 +270,10 @@ def run(
     dtype = dtype or u.tensor.dtype
     M = K * W + {"none": 0, "total": K, "added": W}[extra]
     facts = device_of(device)
-    # the weight of a pair, and beside exponentials whether both are of one document and no padding
+    # the weight of a pair, and whether both are of one document and no padding: on Hopper, where operands lie in shared
+    # memory, there is room for that but beside exponentials
     masked = order.decay is not None and not (order.runs is None and order.real is None)
-    masked = masked and (levels is not None or slope == "exp")
+    masked = masked and (facts.capability[0] != 9 or levels is not None or slope == "exp")
     tiles = tiles_for(facts, dtype, K, W, marked=order.marks is not None, pairs=1 + masked)
     if dots:
         passing = passing_tokens(facts, dtype, K)
