@@ -86,7 +86,9 @@ is what 168 registers leave room for"""
 RESIDENT = 8
 """Warps that a multiprocessor has room for in the backward, which are all: each has memory for a chunk's states"""
 FEW, FEW_ROWS = 2, 2
-"""For MANY and ROWS where there is no GPU"""
+"""For MANY and ROWS where there is no GPU, and for ROWS where a state leaves no registers for more"""
+WIDE = 128
+"""numbers of a channel's state at most beside which tokens are taken by ROWS"""
 LEAST = 64
 """tokens of a group"""
 
@@ -133,7 +135,7 @@ class Call:
         self.B, self.T, self.E = u.shape
         self.G, self.N = inputs["b"].shape[2:]
         self.device = device_of(u.device)
-        self.take = FEW_ROWS if self.device.interpreted else ROWS
+        self.take = FEW_ROWS if self.device.interpreted or self.N > WIDE else ROWS
         real = inputs.get("attention_mask")
         runs = run_numbers(inputs.get("segment_ids"), real)
         nowhere = Rows(None, 0, tl.constexpr(0))
