@@ -15,6 +15,14 @@ from attncompiler.runtime.implementation import Tensors
 from attncompiler.runtime.operator import Operator
 
 VALUE_KINDS = ("normal", "large", "outliers", "constant", "one_hot")
+LARGE_KINDS = ("large", "outliers")
+
+
+def one_large(*kinds: str) -> list[str]:
+    """Of large kinds the first alone, and normal in the place of others: the budget allows for one product to amplify
+    what is rounded, and the wider a call is, the more there are that amplify it twice."""
+    first = next((n for n, kind in enumerate(kinds) if kind in LARGE_KINDS), None)
+    return ["normal" if kind in LARGE_KINDS and n != first else kind for n, kind in enumerate(kinds)]
 
 
 def values(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -182,7 +190,8 @@ class Cases:
     """What a mechanism's cases.py offers: hypothesis strategies of calls and policies, and shapes for benchmarks.
 
     `draw()` gives calls without segments, padding or initial state, of up to some 70 tokens; the laws add those.
-    `extras()` gives calls with every optional input and option the mechanism has, in all combinations.
+    `extras()` gives calls with every optional input and option the mechanism has, in all combinations; `wide()` such
+    calls with heads or states as wide as kernels take, for which a GPU's have other tiles, and other faults.
     `policies(wanted)` gives valid policies of tiny sizes as a spec holds them, with every option that is built, for
     models whose hidden size is a multiple of 8 and whose sequences may have 64 tokens; `patterns(wanted)` gives the
     visibility patterns of a mechanism that has them.
@@ -190,6 +199,7 @@ class Cases:
 
     draw: Callable[[], Any]
     extras: Callable[[], Any]
+    wide: Callable[[], Any]
     policies: Callable[[Wanted], st.SearchStrategy[Options]]
     patterns: Callable[[Wanted], st.SearchStrategy[Options]] | None = None
     bench: tuple[Mapping[str, Any], ...] = ()

@@ -14,7 +14,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from attncompiler.mechanisms.base import Kernel, Mechanism, Refusal, load_entry, refusals
+from attncompiler.mechanisms.base import Direction, Kernel, Mechanism, Refusal, load_entry, refusals
 from attncompiler.mechanisms.case import Case
 from attncompiler.runtime import registry
 from attncompiler.runtime.context import Chain
@@ -64,11 +64,11 @@ def prepared(case: Case, dtype: torch.dtype, device: str = "cpu") -> Case:
     return replace(case, tensors=case.cast(dtype, device))
 
 
-def refusals_of(kernel: Kernel, case: Case) -> tuple[Refusal, ...]:
+def refusals_of(kernel: Kernel, case: Case, direction: Direction = "backward") -> tuple[Refusal, ...]:
     """Why `kernel` refuses this prepared case on this machine, or its backward; empty when it serves both."""
     request = case.operator.request(case.tensors, case.options)
     target = detect_target(_device(case).type)
-    return refusals(kernel, request, target, detect_environment(), "backward")
+    return refusals(kernel, request, target, detect_environment(), direction)
 
 
 def dtypes_of(kernel: Kernel, device: str) -> tuple[str, ...]:

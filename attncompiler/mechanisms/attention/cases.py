@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,14 @@ from attncompiler.mechanisms.case import (
     among,
     head_width,
     heads,
+    one_large,
     rotary,
     values,
 )
 
 SCORE_OPTIONS = ("sinks", "alibi", "softcap")
+NARROW, WIDE = (8, 16, 20), (64, 128, 256)
+"""of heads"""
 BLOCKS = st.sampled_from([1, 3, 4, 16])
 PATTERNS: st.SearchStrategy[Pattern] = st.one_of(
     st.just(Causal()),
@@ -71,11 +75,11 @@ def plain(draw: st.DrawFn, min_length: int = 1) -> Case:
 
 
 @st.composite
-def extras(draw: st.DrawFn) -> Case:
+def extras(draw: st.DrawFn, widths: Sequence[int] = NARROW) -> Case:
     """Lengths that differ, packed segments, padding on either side, explicit positions."""
     T = draw(st.integers(1, 40))
     S = draw(st.sampled_from([T, T + draw(st.integers(0, 30)), max(1, T - 3)]))
-    case = _make(draw, T, S)
+    case = _make(draw, T, S, widths)
     B = case.tensors["q"].shape[0]
     added: dict[str, Any] = {}
     if draw(st.booleans()):
@@ -97,23 +101,24 @@ def extras(draw: st.DrawFn) -> Case:
     return case.given(**added)
 
 
-def _make(draw: st.DrawFn, T: int, S: int | None) -> Case:
+def _make(draw: st.DrawFn, T: int, S: int | None, widths: Sequence[int] = NARROW) -> Case:
     S = T if S is None else S
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 2)]))
-    D = draw(st.sampled_from([8, 16, 20]))
+    D = draw(st.sampled_from(widths))
     V = draw(st.sampled_from([D, D, 12]))
     B = draw(st.integers(1, 2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     kind = draw(st.sampled_from(VALUE_KINDS))
+    queries, of_values = one_large(kind, kind) if widths is WIDE else (kind, kind)
     tensors = {
-        "q": values(kind, (B, T, kv_heads * group, D), generator),
+        "q": values(queries, (B, T, kv_heads * group, D), generator),
         # scores of large q and large k lose eps · |score| to an fp32 lse in every flash kernel, torch's own included
         "k": values(
             draw(st.sampled_from(VALUE_KINDS)) if kind not in ("large", "outliers") else "normal",
             (B, S, kv_heads, D),
             generator,
         ),
-        "v": values(kind, (B, S, kv_heads, V), generator),
+        "v": values(of_values, (B, S, kv_heads, V), generator),
     }
     H = kv_heads * group
     scores = draw(st.one_of(st.just(frozenset[str]()), st.frozensets(st.sampled_from(SCORE_OPTIONS), min_size=1)))
@@ -189,6 +194,7 @@ def policies(draw: st.DrawFn, wanted: Wanted) -> Options:
 CASES = Cases(
     draw=plain,
     extras=extras,
+    wide=partial(extras, WIDE),
     policies=policies,
     patterns=patterns,
     bench=(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from attncompiler.mechanisms.case import (
     among,
     head_width,
     heads,
+    one_large,
     perhaps,
     rotary,
     values,
@@ -39,6 +41,16 @@ DECAYS = ("none", "none", "heads", "tokens", "resets")
 EPS, SCALES = (1e-6, 1e-2), (1.0, 0.3)
 
 
+class Widths(NamedTuple):
+    """Of heads, and random features."""
+
+    heads: Sequence[int]
+    features: Sequence[int]
+
+
+NARROW, WIDE = Widths((4, 8, 20), (1, 7, 24)), Widths((64, 128, 256), (64, 128, 256))
+
+
 @st.composite
 def plain(draw: st.DrawFn, min_length: int = 1) -> Case:
     """No segments, no padding, no initial state."""
@@ -46,10 +58,10 @@ def plain(draw: st.DrawFn, min_length: int = 1) -> Case:
 
 
 @st.composite
-def extras(draw: st.DrawFn) -> Case:
+def extras(draw: st.DrawFn, widths: Widths = NARROW) -> Case:
     """Packed segments, padding on either side, an initial state."""
     T = draw(st.integers(1, 150))
-    case = _make(draw, T)
+    case = _make(draw, T, widths)
     B, _, H, D = case.tensors["q"].shape
     R, V = len(case.tensors["projection"]) if "projection" in case.tensors else D, case.tensors["v"].shape[-1]
     added: dict[str, Tensor] = {}
@@ -72,12 +84,14 @@ def extras(draw: st.DrawFn) -> Case:
     return case.given(**added)
 
 
-def _make(draw: st.DrawFn, T: int) -> Case:
+def _make(draw: st.DrawFn, T: int, widths: Widths = NARROW) -> Case:
     B, H = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    D = draw(st.sampled_from([4, 8, 20]))
+    D, features = draw(st.sampled_from(widths.heads)), draw(st.sampled_from(widths.features))
     V = draw(st.sampled_from([D, D, 12]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     kinds = [draw(st.sampled_from(VALUE_KINDS)) for _ in range(3)]
+    if widths is WIDE:
+        kinds = one_large(*kinds)
     feature_map, normalize = draw(st.sampled_from(FEATURE_MAPS))
     tensors = {
         name: values(kind, (B, T, H, width), generator)
@@ -85,7 +99,7 @@ def _make(draw: st.DrawFn, T: int) -> Case:
     }
     causal = draw(st.booleans())
     if feature_map == "favor":
-        tensors["projection"] = torch.randn(draw(st.sampled_from([1, 7, 24])), D, generator=generator).double()
+        tensors["projection"] = torch.randn(features, D, generator=generator).double()
     decay = draw(st.sampled_from(DECAYS)) if causal else "none"
     if decay != "none":
         tensors["log_decay"] = log_decay(decay, (B, T, H), generator)
@@ -163,6 +177,7 @@ def policies(draw: st.DrawFn, wanted: Wanted) -> Options:
 CASES = Cases(
     draw=plain,
     extras=extras,
+    wide=partial(extras, WIDE),
     policies=policies,
     bench=(
         {"B": 1, "T": 4096, "H": 8, "D": 64, "causal": True},

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from hypothesis import strategies as st
 
-from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, Options, Wanted, among, heads, values
+from attncompiler.mechanisms.case import (
+    LARGE_KINDS,
+    VALUE_KINDS,
+    Case,
+    Cases,
+    Options,
+    Wanted,
+    among,
+    heads,
+    one_large,
+    values,
+)
 from attncompiler.mechanisms.linformer.op import OPERATOR, LinformerOptions
 
 COLUMNS = 160
 """of every projection: more than any drawn sequence is long, so that laws may lengthen one"""
 
-LARGE_KINDS = ("large", "outliers")
+NARROW, WIDE = (8, 16, 20), (64, 128, 256)
+"""of heads"""
 
 
 @st.composite
@@ -22,11 +37,11 @@ def plain(draw: st.DrawFn, min_length: int = 1) -> Case:
 
 
 @st.composite
-def extras(draw: st.DrawFn) -> Case:
+def extras(draw: st.DrawFn, widths: Sequence[int] = NARROW) -> Case:
     """Lengths that differ, packed segments, and padding on either side."""
     S = draw(st.integers(1, 70))
     T = draw(st.integers(1, S))
-    case = _make(draw, T, S)
+    case = _make(draw, T, S, widths)
     B, index = case.tensors["q"].shape[0], torch.arange(S)
     added = {}
     if draw(st.booleans()):
@@ -39,13 +54,15 @@ def extras(draw: st.DrawFn) -> Case:
     return case.given(**added)
 
 
-def _make(draw: st.DrawFn, T: int, S: int) -> Case:
-    B, H, D = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([8, 16, 20]))
+def _make(draw: st.DrawFn, T: int, S: int, widths: Sequence[int] = NARROW) -> Case:
+    B, H, D = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from(widths))
     V = draw(st.sampled_from([D, D, 12]))
     R = draw(st.integers(1, 12))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     kinds = [draw(st.sampled_from(VALUE_KINDS)) for _ in range(3)]
-    if kinds[0] in LARGE_KINDS and kinds[1] in LARGE_KINDS:
+    if widths is WIDE:
+        kinds = one_large(*kinds)
+    elif kinds[0] in LARGE_KINDS and kinds[1] in LARGE_KINDS:
         # the gradient of key_projection multiplies a score's rounding by queries and by keys; the budget allows for one
         kinds[0] = "normal"
     shared = draw(st.sampled_from(["none", "heads", "kv"]))
@@ -85,6 +102,7 @@ def policies(draw: st.DrawFn, wanted: Wanted) -> Options:
 CASES = Cases(
     draw=plain,
     extras=extras,
+    wide=partial(extras, WIDE),
     policies=policies,
     bench=(
         {"B": 1, "T": 4096, "H": 8, "D": 64, "R": 256},

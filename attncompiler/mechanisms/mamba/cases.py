@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +11,9 @@ from hypothesis import strategies as st
 
 from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, Options, Wanted, among, perhaps, values
 from attncompiler.mechanisms.mamba.op import OPERATOR, MambaOptions
+
+NARROW, WIDE = (1, 4, 5), (16, 100, 256)
+"""numbers of a channel's state"""
 
 
 @st.composite
@@ -18,9 +23,9 @@ def plain(draw: st.DrawFn, min_length: int = 1) -> Case:
 
 
 @st.composite
-def extras(draw: st.DrawFn) -> Case:
+def extras(draw: st.DrawFn, states: Sequence[int] = NARROW) -> Case:
     """An initial state, packed segments, padding on either side or amid."""
-    case = _make(draw, draw(st.integers(1, 40)))
+    case = _make(draw, draw(st.integers(1, 40)), states)
     B, T, E = case.tensors["u"].shape
     added: dict[str, Any] = {}
     if draw(st.booleans()):
@@ -38,9 +43,9 @@ def extras(draw: st.DrawFn) -> Case:
     return case.given(**added)
 
 
-def _make(draw: st.DrawFn, T: int) -> Case:
+def _make(draw: st.DrawFn, T: int, states: Sequence[int] = NARROW) -> Case:
     """Decays A are negative; without softplus the time steps are positive, so that no state grows without end."""
-    B, N = draw(st.integers(1, 2)), draw(st.sampled_from([1, 4, 5]))
+    B, N = draw(st.integers(1, 2)), draw(st.sampled_from(states))
     groups, width = draw(st.sampled_from([(1, 3), (1, 8), (2, 4), (3, 1)]))
     E = groups * width
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
@@ -99,6 +104,7 @@ STEPS = {
 CASES = Cases(
     draw=plain,
     extras=extras,
+    wide=partial(extras, WIDE),
     policies=policies,
     bench=({"B": 1, "T": 4096, "E": 512, "N": 16}, {"B": 4, "T": 512, "E": 512, "N": 16}),
 )

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 
 from attncompiler.mechanisms.case import VALUE_KINDS, Case, Cases, Options, Wanted, among, perhaps, values
 from attncompiler.mechanisms.mamba2.op import OPERATOR, Mamba2Options
+
+
+class Widths(NamedTuple):
+    """Numbers of a channel's state, and channels of a head."""
+
+    states: Sequence[int]
+    heads: Sequence[int]
+
+
+NARROW, WIDE = Widths((1, 4, 5), (1, 4, 6)), Widths((64, 128, 256), (16, 64, 128))
 
 
 @st.composite
@@ -19,9 +31,9 @@ def plain(draw: st.DrawFn, min_length: int = 1) -> Case:
 
 
 @st.composite
-def extras(draw: st.DrawFn) -> Case:
+def extras(draw: st.DrawFn, widths: Widths = NARROW) -> Case:
     """An initial state, packed segments, padding on either side or amid."""
-    case = _make(draw, draw(st.integers(1, 40)))
+    case = _make(draw, draw(st.integers(1, 40)), widths)
     B, T, H, P = case.tensors["x"].shape
     added: dict[str, Any] = {}
     if draw(st.booleans()):
@@ -39,9 +51,9 @@ def extras(draw: st.DrawFn) -> Case:
     return case.given(**added)
 
 
-def _make(draw: st.DrawFn, T: int) -> Case:
+def _make(draw: st.DrawFn, T: int, widths: Widths = NARROW) -> Case:
     """Decays A are negative; without softplus the time steps are positive, so that no state grows without end."""
-    B, N, P = draw(st.integers(1, 2)), draw(st.sampled_from([1, 4, 5])), draw(st.sampled_from([1, 4, 6]))
+    B, N, P = draw(st.integers(1, 2)), draw(st.sampled_from(widths.states)), draw(st.sampled_from(widths.heads))
     H, G = draw(st.sampled_from([(1, 1), (3, 1), (4, 2), (2, 2)]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
 
@@ -108,6 +120,7 @@ STEPS = {
 CASES = Cases(
     draw=plain,
     extras=extras,
+    wide=partial(extras, WIDE),
     policies=policies,
     bench=({"B": 1, "T": 4096, "H": 16, "P": 64, "N": 64}, {"B": 4, "T": 512, "H": 16, "P": 32, "N": 64}),
 )
