@@ -17,10 +17,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from attncompiler.mechanisms.base import Kernel, Mechanism, discover, load_entry
+from attncompiler.mechanisms.base import Kernel, Mechanism, Request, discover, load_entry
 from attncompiler.mechanisms.case import Case, Cases
 from attncompiler.runtime.operator import Operator
-from attncompiler.targets.detect import detect_environment
+from attncompiler.targets.detect import detect_environment, detect_target
 from attncompiler.testing.conformance import dtypes_of
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,9 +83,15 @@ def _row(entry: dict[str, Any], names: list[str], brief: bool, device: str) -> A
     label = "-".join(filter(None, (entry["mechanism"].name, entry["kernel"].name, dtype)))
     values = [DTYPES[entry[name]] if name in ("dtype", "widest") else entry[name] for name in names]
     marks = [pytest.mark.slow] if slow else []
-    missing = [name for name in entry["kernel"].needs.packages if name not in detect_environment().packages]
+    needs, environment = entry["kernel"].needs, detect_environment()
+    missing = [name for name in needs.packages if name not in environment.packages]
     if missing:
         marks.append(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
+    anything, target = Request(entry["mechanism"].name, {}), detect_target(device.partition(":")[0])
+    for wrong in needs.wrong:
+        refusal = wrong.refuses(anything, target, environment, "backward")
+        if refusal:  # no call is served with its gradients: `refused in words` is asked with versions that are not here
+            marks.append(pytest.mark.skip(reason=refusal))
     return pytest.param(*values, id=label, marks=marks)
 
 

@@ -562,22 +562,22 @@ def test_a_missing_package_is_named_with_its_command(which: tuple[str, str], pac
     assert reasons(which, installed=environment(**{package: None})) == [f"{package} is not installed: {command}"]
 
 
-WRONG = "fla does not offer decay backward with triton {}: on Hopper its gradients are wrong"
+WRONG = "fla does not offer the call backward with triton {}: on Hopper its gradients are wrong"
 
 
 @pytest.mark.parametrize(
     ("triton", "wrong"),
     [("3.3.1", False), ("3.4.0", True), ("3.6.0+git12ab", True), ("3.7.0", True), ("3.7.1", False), ("4.0", False)],
 )
-def test_flas_gated_backward_is_refused_where_it_is_wrong(triton: str, wrong: bool) -> None:
-    """By the versions of triton, on Hopper, of calls with decays, in the backward alone."""
-    installed = environment(triton=triton)
-    found = reasons(FLA, DECAY, installed=installed, direction="backward")
+@pytest.mark.parametrize("asked", ["decay", "no decay"])
+def test_flas_backward_is_refused_where_it_is_wrong(triton: str, wrong: bool, asked: str) -> None:
+    """By the versions of triton, on Hopper, with decays or without, in the backward alone."""
+    installed, given = environment(triton=triton), DECAY if asked == "decay" else None
+    found = reasons(FLA, given, installed=installed, direction="backward")
     assert bool(found) == wrong
     assert not wrong or found[0].startswith(WRONG.format(triton))
-    assert reasons(FLA, DECAY, installed=installed) == []
-    assert reasons(FLA, installed=installed, direction="backward") == []
-    assert reasons(FLA, DECAY, "a100-80", installed, "backward") == []
+    assert reasons(FLA, given, installed=installed) == []
+    assert reasons(FLA, given, "a100-80", installed, "backward") == []
 
 
 def test_versions_that_were_not_read_are_refused() -> None:
