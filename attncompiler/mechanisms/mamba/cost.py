@@ -16,6 +16,8 @@ CHUNK, MANY, ROWS = 64, 8, 4
 """Of the Triton kernel's backward: tokens between the states that it keeps, of which each is N·4 bytes of each channel;
 blocks of channels whose shares of the gradients of B and C a program adds, 8·N bytes a token for so many; and tokens
 between the states that a program keeps inside a chunk, in memory of its own"""
+FEW_ROWS, WIDE = 2, 128
+"""In the place of ROWS where a channel's state has more than so many numbers, beside which four tokens spill"""
 HELD = 512
 """numbers of state of a block: of 16 each, 32 channels; half as many of 33 to 128 each"""
 RESIDENT = 1056
@@ -80,6 +82,7 @@ def _kernel_workspace(policy: MambaPolicy, size: MixerSize) -> int:
         # every token's state, its decay, what is written to it, and the gradients on the way
         return 4 * size.seq_len * state
     if size.kernel == "triton":
+        rows = ROWS if policy.state_size <= WIDE else FEW_ROWS
         held = HELD // 2 if 32 < policy.state_size <= 128 else HELD
         blocks = -(-width * policy.state_size // held)
         chunks = -(-size.seq_len // CHUNK)
@@ -88,7 +91,7 @@ def _kernel_workspace(policy: MambaPolicy, size: MixerSize) -> int:
         # states before chunks (with tokens of bf16 they take half), shares, states inside a chunk, and those around
         # the groups of tokens, forward and back
         shares = 2 * -(-blocks // (many * size.batch)) * size.tokens * policy.state_size * FP32
-        return chunks * state + shares + programs * held * FP32 * (CHUNK // ROWS + 2 * many)
+        return chunks * state + shares + programs * held * FP32 * (CHUNK // rows + 2 * many)
     chunk = min(size.seq_len, max(8, min(64, BUFFER_ELEMENTS // (width * policy.state_size))))
     # the state before each chunk; decays, states and gradients of the states in one chunk
     return (-(-size.seq_len // chunk) + 4 * chunk) * state

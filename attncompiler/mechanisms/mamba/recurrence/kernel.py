@@ -14,7 +14,7 @@ from torch import Tensor
 from attncompiler.blocks.gpu import Device, device_of, parts, power_of_2
 from attncompiler.blocks.launching.launcher import Launcher, known_by
 from attncompiler.blocks.segments import run_numbers
-from attncompiler.mechanisms.mamba.cost import CHUNK, MANY, ROWS
+from attncompiler.mechanisms.mamba.cost import CHUNK, FEW_ROWS, MANY, ROWS, WIDE
 from attncompiler.mechanisms.mamba.op import MambaOptions
 from attncompiler.mechanisms.mamba.recurrence.passes import carry_kernel, read_kernel, sweep_kernel
 from attncompiler.mechanisms.mamba.recurrence.reverse import Around, Grads, backward_kernel
@@ -85,10 +85,8 @@ ENOUGH, WANTED = 7, 12
 is what 168 registers leave room for"""
 RESIDENT = 8
 """Warps that a multiprocessor has room for in the backward, which are all: each has memory for a chunk's states"""
-FEW, FEW_ROWS = 2, 2
-"""For MANY and ROWS where there is no GPU, and for ROWS where a state leaves no registers for more"""
-WIDE = 128
-"""numbers of a channel's state at most beside which tokens are taken by ROWS"""
+FEW = 2
+"""for MANY where there is no GPU; FEW_ROWS are for ROWS there too"""
 LEAST = 64
 """tokens of a group"""
 
