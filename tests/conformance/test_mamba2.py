@@ -16,11 +16,13 @@ from torch import Tensor
 
 from attncompiler.blocks.norm import GatedRMSNorm, rms_norm
 from attncompiler.errors import InputError
+from attncompiler.mechanisms.case import Case
 from attncompiler.mechanisms.mamba2.layer import Mamba2Mixer
-from attncompiler.mechanisms.mamba2.mechanism import Mamba2Policy, relations
-from attncompiler.mechanisms.mamba2.op import ssd
+from attncompiler.mechanisms.mamba2.mechanism import MECHANISM, Mamba2Policy, relations
+from attncompiler.mechanisms.mamba2.op import OPERATOR, Mamba2Options, ssd
 from attncompiler.ops import selective_scan
 from attncompiler.runtime.context import Chain, MixerContext
+from attncompiler.testing.conformance import conforms, kernel_call, prepared
 
 KERNELS = ["chunkwise", "eager"]
 SEEDS = st.integers(0, 2**20)
@@ -171,6 +173,21 @@ def test_decays_that_end_everything_overflow_nowhere(name: str) -> None:
     out = run(given, kernel=name)
     grads = torch.autograd.grad(out.sum(), list(given.values()))
     assert all(x.isfinite().all() for x in (out, *grads))
+
+
+@pytest.mark.parametrize(("N", "P", "more"), [(20, 40, True), (36, 6, False)])
+def test_a_state_may_be_several_blocks_of_numbers(N: int, P: int, more: bool, device: str) -> None:
+    """On the GPU's kernels, each block with programs of its own: more blocks of P than of N, and fewer."""
+    pytest.importorskip("triton")
+    given = tensors(3, 40, B=1, H=2, P=P, G=1, N=N)
+    case = {{"A": "a", "B": "b", "C": "c", "D": "d"}.get(name, name): tensor for name, tensor in given.items()}
+    if more:
+        case["segment_ids"] = torch.arange(40)[None] // 23
+        case["attention_mask"] = torch.arange(40)[None] != 30
+        case["initial_state"] = torch.ones(1, 2, P, N, dtype=torch.float64)
+    ready = prepared(Case(OPERATOR, case, Mamba2Options(), causal=True), torch.float32, device)
+    verdicts = conforms(MECHANISM, kernel_call("triton"), ready, torch.float32)
+    assert all(verdict.ok for verdict in verdicts), "\n".join(map(str, verdicts))
 
 
 def test_one_strong_decay_does_not_blur_the_weak_ones_behind_it() -> None:

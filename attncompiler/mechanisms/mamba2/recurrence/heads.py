@@ -9,6 +9,9 @@ the time steps,
     d(Δx) = (L ∘ C Bᵀ)ᵀ dy + leaves · B dS
 
 (Dao & Gu 2024, section 6, differentiated by blocks).
+
+Where N is more than a block of it, each block has programs of its own: they share the gradients of B and C by N, and
+what else there is by blocks of P, or as parts of sums.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ SIZES = ("T", "H", "apart", "first", "count", "sets")
 
 
 class Dots(NamedTuple):
-    """What the gradients of time steps, decays and D are made of, each (B, H, T)."""
+    """What the gradients of time steps, decays and D are made of, each (blocks of N, B, H, T): parts of a sum."""
 
     starts: Any
     """what from before the chunk reaches its rows"""
@@ -41,31 +44,45 @@ class Dots(NamedTuple):
 
 
 @triton.jit
-def place_of_program(G, count, sets):
-    """Of a program: its set of heads, group, chunk (counted from `first`) and sequence."""
-    place = tl.program_id(0)
+def place_of_program(G, count, sets, BLOCKS_N: tl.constexpr):
+    """Of a program: its block of N, its set of heads, group, chunk (counted from `first`) and sequence."""
+    block, place = tl.program_id(0) % BLOCKS_N, tl.program_id(0) // BLOCKS_N
     chosen, place = place % sets, place // sets
     g, place = place % G, place // G
-    return chosen, g, place % count, place // count
+    return block, chosen, g, place % count, place // count
 
 
 @triton.jit
-def state_of(held, b, i, h, first, H, count, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+def pairs_of(
+    left, right, b, h, t, real, N: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left rightᵀ of a chunk, over all of N."""
+    found = tl.zeros([C, C], tl.float32)
+    for low in tl.static_range(0, N, BLOCK_N):
+        x = tile(left, b, h, t, low, real, N, BLOCK_N, WHOLE).to(DTYPE)
+        y = tile(right, b, h, t, low, real, N, BLOCK_N, WHOLE).to(DTYPE)
+        found = tl.dot(x, tl.trans(y), found, input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def state_of(held, b, i, h, low, first, H, count, N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A block of columns of what is held of a chunk's head: (N, P)."""
-    n, p = tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_P)
+    """A block of rows and columns of what is held of a chunk's head: (N, P)."""
+    n, p = low + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_P)
     at = held + ((b.to(tl.int64) * count + i) * H + h) * (N * P) + n[:, None] * P + p[None, :]
-    if N == BLOCK_N and P % BLOCK_P == 0:
+    if N % BLOCK_N == 0 and P % BLOCK_P == 0:
         return tl.load(at)
     else:
         return tl.load(at, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0)
 
 
 @triton.jit
-def store_shared(at, chosen, b, g, t, found, T, G, B, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One set's part of a gradient (sets, B, T, G, N)."""
-    n = tl.arange(0, BLOCK_N)
+def store_shared(at, chosen, b, g, t, low, found, T, G, B, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One set's part of a gradient (sets, B, T, G, N), from number `low` of N on."""
+    n = low + tl.arange(0, BLOCK_N)
     row = ((chosen * B + b).to(tl.int64) * T + t) * G + g
     tl.store(
         at + row[:, None] * N + n[None, :], found.to(at.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :]
@@ -84,16 +101,21 @@ def rows_kernel(
     """
     RUNS: tl.constexpr = times.runs is not None
     BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    chosen, g, i, b = place_of_program(G, count, sets)
+    BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    of_n, chosen, g, i, b = place_of_program(G, count, sets, BLOCKS_N)
+    low = of_n * BLOCK_N
     start = (first + i) * C
     o = tl.arange(0, C)
     t = start + o
     real = is_real(times, b, t, T)
     heads = H // (G * sets)
     begin = (g * sets + chosen) * heads
-    columns = tile(b_, b, begin, t, 0, real, N, BLOCK_N, WHOLE).to(DTYPE)
-    rows = tile(c, b, begin, t, 0, real, N, BLOCK_N, WHOLE).to(DTYPE)
-    pairs = tl.dot(rows, tl.trans(columns), input_precision=PRECISION).to(DTYPE)
+    columns = tile(b_, b, begin, t, low, real, N, BLOCK_N, WHOLE).to(DTYPE)
+    rows = tile(c, b, begin, t, low, real, N, BLOCK_N, WHOLE).to(DTYPE)
+    if BLOCKS_N == 1:
+        pairs = tl.dot(rows, tl.trans(columns), input_precision=PRECISION).to(DTYPE)
+    else:
+        pairs = pairs_of(c, b_, b, begin, t, real, N, BLOCK_N, WHOLE, C, DTYPE, PRECISION).to(DTYPE)
     before = tl.where(o[:, None] < o[None, :], 1.0, 0.0).to(DTYPE)
     z = tl.zeros([C, C], tl.float32)
     found = tl.zeros([C, BLOCK_N], tl.float32)
@@ -109,7 +131,7 @@ def rows_kernel(
         for block in tl.static_range(BLOCKS):
             grad = tile(dy, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
             given = tile(x, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
-            state = state_of(held, b, i, h, block * BLOCK_P, H, count, N, P, BLOCK_N, BLOCK_P)
+            state = state_of(held, b, i, h, low, block * BLOCK_P, H, count, N, P, BLOCK_N, BLOCK_P)
             entering = weighted(grad.to(tl.float32), enters[:, None], RUNS).to(DTYPE)
             found = tl.dot(entering, tl.trans(state), found, input_precision=PRECISION)
             read = tl.dot(rows, state, input_precision=PRECISION)
@@ -122,7 +144,8 @@ def rows_kernel(
         upto = tl.dot(products.to(DTYPE) * pairs, before, input_precision=PRECISION)
         at = both.to(tl.int64) * T + t
         between = tl.sum(tl.where(o[:, None] >= o[None, :], upto, 0.0), 0)
-        tl.store(dots.between + at, between, mask=t < T)
+        tl.store(dots.between + at, between, mask=(t < T) & (of_n == 0))
+        at += of_n.to(tl.int64) * apart
         tl.store(dots.starts + at, weighted(starts, enters, RUNS), mask=t < T)
         # of the next head, while this one is met: of what waits for memory here, nothing else would be on its way
         after = b * H + tl.minimum(h + 1, begin + heads - 1)
@@ -130,9 +153,31 @@ def rows_kernel(
         step = per_token(factor, after, start, T, real, C, WHOLE)
     z = z.to(DTYPE)
     found = tl.dot(z, columns, found, input_precision=PRECISION)
-    B = tl.num_programs(0) // (count * G * sets)
-    store_shared(dc, chosen, b, g, t, found, T, G, B, N, BLOCK_N)
-    store_shared(db, chosen, b, g, t, tl.dot(tl.trans(z), rows, input_precision=PRECISION), T, G, B, N, BLOCK_N)
+    B = tl.num_programs(0) // (count * G * sets * BLOCKS_N)
+    store_shared(dc, chosen, b, g, t, low, found, T, G, B, N, BLOCK_N)
+    store_shared(db, chosen, b, g, t, low, tl.dot(tl.trans(z), rows, input_precision=PRECISION), T, G, B, N, BLOCK_N)
+
+
+@triton.jit
+def columns_of_head(
+    gained, met, grad, wide, leaves, step, dx, share, SKIPPED: tl.constexpr, b, h, t, p, T, H, P: tl.constexpr,
+    PRECISION: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Writes a block of a head's dx, from what the state behind the chunk gives of it; and its parts of sums over P:
+    of what reaches that state, of x·d(Δx), and of x·dy."""
+    gained = weighted(gained, leaves[:, None], RUNS)
+    ends = tl.sum(wide * gained, 1)
+    gained = tl.dot(met, grad, gained, input_precision=PRECISION)
+    gave = tl.sum(wide * gained, 1)
+    gained *= step[:, None]
+    if share is not None:
+        gained += share[None, :] * grad.to(tl.float32)
+    skipped = tl.zeros_like(gave)
+    if SKIPPED:
+        skipped = tl.sum(wide * grad.to(tl.float32), 1)
+    to = dx + ((b.to(tl.int64) * T + t) * H + h)[:, None] * P + p[None, :]
+    tl.store(to, gained.to(dx.dtype.element_ty), mask=(t < T)[:, None] & (p < P)[None, :])
+    return ends, gave, skipped
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -148,18 +193,23 @@ def columns_kernel(
     """
     RUNS: tl.constexpr = times.runs is not None
     BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    chosen, g, i, b = place_of_program(G, count, sets)
+    BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    of_n, chosen, g, i, b = place_of_program(G, count, sets, BLOCKS_N)
+    low = of_n * BLOCK_N
     start = (first + i) * C
     o = tl.arange(0, C)
     t = start + o
     real = is_real(times, b, t, T)
     heads = H // (G * sets)
     begin = (g * sets + chosen) * heads
-    columns = tile(b_, b, begin, t, 0, real, N, BLOCK_N, WHOLE).to(DTYPE)
-    rows = tile(c, b, begin, t, 0, real, N, BLOCK_N, WHOLE).to(DTYPE)
-    pairs = tl.dot(columns, tl.trans(rows), input_precision=PRECISION).to(DTYPE)
-    n = tl.arange(0, BLOCK_N)
-    B = tl.num_programs(0) // (count * G * sets)
+    if BLOCKS_N == 1:
+        columns = tile(b_, b, begin, t, 0, real, N, BLOCK_N, WHOLE).to(DTYPE)
+        rows = tile(c, b, begin, t, 0, real, N, BLOCK_N, WHOLE).to(DTYPE)
+        pairs = tl.dot(columns, tl.trans(rows), input_precision=PRECISION).to(DTYPE)
+    else:
+        pairs = pairs_of(b_, c, b, begin, t, real, N, BLOCK_N, WHOLE, C, DTYPE, PRECISION).to(DTYPE)
+    n = low + tl.arange(0, BLOCK_N)
+    B = tl.num_programs(0) // (count * G * sets * BLOCKS_N)
     inner = db + (((chosen * B + b).to(tl.int64) * T + t) * G + g)[:, None] * N + n[None, :]
     found = tl.load(inner, mask=(t < T)[:, None] & (n < N)[None, :], other=0.0)
     sums = sums_of(times, b * H + begin, start, T, apart, C, WHOLE)
@@ -180,29 +230,50 @@ def columns_kernel(
             p = block * BLOCK_P + tl.arange(0, BLOCK_P)
             grad = tile(dy, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
             given = tile(x, b, h, t, block * BLOCK_P, real, P, BLOCK_P, WHOLE).to(DTYPE)
-            state = state_of(held, b, i, h, block * BLOCK_P, H, count, N, P, BLOCK_N, BLOCK_P)
+            state = state_of(held, b, i, h, low, block * BLOCK_P, H, count, N, P, BLOCK_N, BLOCK_P)
             wide = given.to(tl.float32)
             leaving = weighted(wide, (leaves * step)[:, None], RUNS).to(DTYPE)
             found = tl.dot(leaving, tl.trans(state), found, input_precision=PRECISION)
-            gained = weighted(tl.dot(columns, state, input_precision=PRECISION), leaves[:, None], RUNS)
-            ends += tl.sum(wide * gained, 1)
-            gained = tl.dot(met, grad, gained, input_precision=PRECISION)
-            gave += tl.sum(wide * gained, 1)
-            gained *= step[:, None]
-            if skip.ptr is not None:
-                gained += shares[block][None, :] * grad.to(tl.float32)
-            if dots.skipped is not None:
-                skipped += tl.sum(wide * grad.to(tl.float32), 1)
-            to = dx + ((b.to(tl.int64) * T + t) * H + h)[:, None] * P + p[None, :]
-            tl.store(to, gained.to(dx.dtype.element_ty), mask=(t < T)[:, None] & (p < P)[None, :])
+            if BLOCKS_N == 1:
+                gained = tl.dot(columns, state, input_precision=PRECISION)
+                more = columns_of_head(
+                    gained, met, grad, wide, leaves, step, dx, shares[block] if skip.ptr is not None else None,
+                    dots.skipped is not None, b, h, t, p, T, H, P, PRECISION, RUNS,
+                )  # fmt: skip
+                ends += more[0]
+                gave += more[1]
+                skipped += more[2]
+        if BLOCKS_N > 1:
+            for turn in tl.static_range((BLOCKS + BLOCKS_N - 1) // BLOCKS_N):
+                block = turn * BLOCKS_N + of_n
+                mine = block < BLOCKS
+                first_p = tl.minimum(block, BLOCKS - 1) * BLOCK_P
+                p = tl.where(mine, first_p, P) + tl.arange(0, BLOCK_P)
+                grad = tile(dy, b, h, t, first_p, real, P, BLOCK_P, WHOLE).to(DTYPE)
+                wide = tile(x, b, h, t, first_p, real, P, BLOCK_P, WHOLE).to(DTYPE).to(tl.float32)
+                gained = tl.zeros([C, BLOCK_P], tl.float32)
+                for other in tl.static_range(0, N, BLOCK_N):
+                    column = tile(b_, b, begin, t, other, real, N, BLOCK_N, WHOLE).to(DTYPE)
+                    part = state_of(held, b, i, h, other, first_p, H, count, N, P, BLOCK_N, BLOCK_P)
+                    gained = tl.dot(column, part, gained, input_precision=PRECISION)
+                share = None
+                if skip.ptr is not None:
+                    share = tl.load(skip.ptr + h * skip.head + p * skip.width, mask=p < P, other=0.0)
+                more = columns_of_head(
+                    gained, met, grad, wide, leaves, step, dx, share,
+                    dots.skipped is not None, b, h, t, p, T, H, P, PRECISION, RUNS,
+                )  # fmt: skip
+                ends += tl.where(mine, more[0], 0.0)
+                gave += tl.where(mine, more[1], 0.0)
+                skipped += tl.where(mine, more[2], 0.0)
         # of the next head, while this one is met: of what waits for memory here, nothing else would be on its way
         after = b * H + tl.minimum(h + 1, begin + heads - 1)
         sums = sums_of(times, after, start, T, apart, C, WHOLE)
         step_after = per_token(factor, after, start, T, real, C, WHOLE)
-        at = both.to(tl.int64) * T + t
+        at = of_n.to(tl.int64) * apart + both.to(tl.int64) * T + t
         tl.store(dots.ends + at, ends * step, mask=t < T)
         tl.store(dots.given + at, gave, mask=t < T)
         if dots.skipped is not None:
             tl.store(dots.skipped + at, skipped, mask=t < T)
         step = step_after
-    store_shared(out, chosen, b, g, t, found, T, G, B, N, BLOCK_N)
+    store_shared(out, chosen, b, g, t, low, found, T, G, B, N, BLOCK_N)

@@ -52,19 +52,28 @@ ALONG = 64
 """rows of a state for a program that goes through chunks of bf16 numbers: its chain of chunks is what it waits for"""
 
 
-def shapes(device: Device, dtype: torch.dtype, N: int, P: int, most: int) -> tuple[Tiles, Tiles]:
-    """Of the kernel that goes through chunks, and of those that go through heads, which have the same chunks."""
+MOST_NUMBERS = {True: 128, False: 64}
+"""numbers of N for a program that goes through heads at most, whose sums for C tokens lie in registers: by whether
+operands lie in shared memory"""
+
+
+def shapes(device: Device, dtype: torch.dtype, N: int, P: int, most: int, masked: bool) -> tuple[Tiles, Tiles, int]:
+    """Of the kernel that goes through chunks, and of those that go through heads, which have the same chunks, and the
+    numbers of N of these. Where pairs are `masked`, their masks take registers that a block of P leaves."""
     along = tiles_for(device, dtype, N, P)
     tokens = min(along.tokens, max(16, 1 << (most.bit_length() - 1)))
     wide = max(16, power_of_2(N))
     if device.interpreted:
-        return replace(along, tokens=tokens), Tiles(tokens, along.width, 4, 1)
+        return replace(along, tokens=tokens), Tiles(tokens, along.width, 4, 1), min(wide, 16)
+    # beside several blocks of N no more than elsewhere
+    in_shared_memory = device.capability[0] == 9 and dtype == torch.bfloat16 and wide <= 128
+    wide = min(wide, MOST_NUMBERS[in_shared_memory])
     if dtype != torch.bfloat16:
-        return replace(along, tokens=tokens), Tiles(tokens, min(max(16, power_of_2(P)), 16), 8, 1)
-    width = min(max(16, power_of_2(P)), 32)
+        return replace(along, tokens=tokens), Tiles(tokens, min(max(16, power_of_2(P)), 16), 8, 1), wide
+    width = min(max(16, power_of_2(P)), 16 if masked else 32)
     ahead = 2 * (2 * (2 * tokens + wide) * width + 2 * tokens * wide)  # bytes, with the next head's on their way
     stages = 2 if ahead <= device.shared_memory // 2 else 1
-    return replace(along, tokens=tokens), Tiles(tokens, width, 4, stages)
+    return replace(along, tokens=tokens), Tiles(tokens, width, 4, stages), wide
 
 
 def segments(groups: Groups, each: int, held: int) -> Iterator[tuple[int, int]]:
@@ -96,7 +105,9 @@ def gradients(
     B, T, H, P = x.shape
     G, N = b.shape[2:]
     device, dtype, M = device_of(x.device), x.dtype, N * P
-    along, across = shapes(device, dtype, N, P, most_tokens)
+    along, across, numbers = shapes(
+        device, dtype, N, P, most_tokens, masked=not (order.runs is None and order.real is None)
+    )
     C, wide_n = along.tokens, max(16, power_of_2(N))
     rows = 16 if device.interpreted else min(wide_n, ALONG) if dtype == torch.bfloat16 else wide_n
     blocks = parts(P, along.width) * parts(N, rows)
@@ -111,7 +122,7 @@ def gradients(
     sides = Side(x).argument(), Side(b, share).argument(), Side(c, share).argument(), Side(dy).argument()
     share_of = Skip(None, 0, 0) if skip is None else Skip(skip, *skip.stride())
     common = wide_n, DTYPES[dtype], precision(dtype)
-    known = known_by(x, b, c, dy, factor, *times, skip, start, end), skipped, along, across, sets, whole, G, H, N, P
+    known = known_by(x, b, c, dy, factor, *times, skip, start, end), skipped, along, across, numbers, sets, whole, G, H
 
     def boundaries(y: int, u: int, weight: Tensor | None, state: Tensor | None, reverse: bool) -> Tensor | None:
         """The states between groups, (B, H, groups − 1, M), in the order in which they are met."""
@@ -147,7 +158,8 @@ def gradients(
     dc = torch.empty(sets, B, T, G, N, dtype=shared_type, device=x.device)
     part = torch.empty(sets, B, T, G, N, **wide)
     db = part if sets > 1 else torch.empty_like(dc)
-    each_token = [torch.empty(B, H, T, **wide) for _ in range(5 if skipped else 4)]
+    of_n = parts(N, numbers)
+    each_token = [torch.empty(of_n, B, H, T, **wide) for _ in range(5 if skipped else 4)]
     dots = Dots(*each_token, *([] if skipped else [None]))
     passing = torch.empty(blocks, B, H, chunks, **wide)
     initial = torch.empty(B, H, M, **wide)
@@ -164,9 +176,9 @@ def gradients(
             1, 0, factor, start, before, None, held, None, None, groups.count, begin, stop - begin, first, count, False
         )
         sizes = T, H, B * H * T, first, count, sets
-        constants = G, whole, C, N, P, common[0], across.width, *common[1:]
+        constants = G, whole, C, N, P, numbers, across.width, *common[1:]
         warps = {"num_warps": across.num_warps, "num_stages": across.num_stages}
-        grid = (B * count * G * sets,)
+        grid = (B * count * G * sets * of_n,)
         ROWS(grid, (known, "rows"), *sides, times, factor, held, dots, dc, part, *sizes, *constants, **warps)
         walk(
             2, 3, None, end, behind, None, held, passing, initial, groups.count, groups.count - stop, stop - begin,
@@ -183,6 +195,8 @@ def gradients(
         db, dc = db.sum(0), dc.sum(0)
     else:
         db, dc = db[0], dc[0]
+    if of_n > 1:  # pairs are those of all of N in every block: the first wrote them
+        dots = Dots(*(each if each is None else each.sum(0) for each in dots._replace(between=dots.between[:1])))
     return Found(dx, db.to(dtype), dc.to(dtype), initial, dots, passing, C)
 
 
