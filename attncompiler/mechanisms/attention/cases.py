@@ -128,7 +128,8 @@ def _make(draw: st.DrawFn, T: int, S: int | None, widths: Sequence[int] = NARROW
         tensors["alibi_slopes"] = torch.rand(H, generator=generator, dtype=torch.float64)
     options = AttentionOptions(
         pattern=draw(PATTERNS),
-        scale=draw(st.sampled_from([None, 0.2])),
+        # of wide heads a smaller one: where scores leave one key alone, gradients are less than the budget rounds
+        scale=draw(st.sampled_from([None, 0.05 if widths is WIDE else 0.2])),
         softcap=draw(st.sampled_from([2.0, 30.0])) if "softcap" in scores else None,
         layer=draw(st.sampled_from([0, 3])),
     )
